@@ -1,0 +1,209 @@
+"""The command line: LightningCLI for `fit` and `validate`, small commands for what needs no trainer."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import torch
+from jsonargparse import Namespace, class_from_function
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+
+from adaptive_merge import __version__
+from adaptive_merge.commands import COMMANDS
+from adaptive_merge.data import Suite, TaskStream, load_suite
+from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.files import save_json
+from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.results import score, summary, table
+
+__all__ = ["AdaptiveMergeCLI", "load_run", "run"]
+
+STARTED = time.perf_counter()
+TRAINER_DEFAULTS = {
+    # One endless epoch of steps: `max_steps` says where it ends; validation comes every `val_check_interval` steps.
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+CHECKPOINT_EVERY = 50
+
+
+def run(arguments: list[str]) -> None:
+    """Run one command; raises AdaptiveMergeError for what the user has to mend."""
+    _quiet()
+    if arguments and arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]](arguments[1:])
+        return
+    try:
+        AdaptiveMergeCLI(args=arguments)
+    except jsonargparse.ArgumentError as error:
+        raise InputError(str(error)) from error
+
+
+class AdaptiveMergeCLI(LightningCLI):
+    """A suite, a module made of parts, a stream over the suite's images, and a run folder."""
+
+    def __init__(self, args: list[str], run: bool = True) -> None:
+        super().__init__(
+            AdaptiveMerge,
+            TaskStream,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False, "description": __doc__, "version": __version__},
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `validate`, as Lightning has them."""
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The suite and the run folder; the suite's parts reach module and stream as objects."""
+        parser.add_class_arguments(class_from_function(load_suite, Suite), "suite")
+        for part in ("task_vectors", "backbone", "heads"):
+            parser.link_arguments(
+                "suite", f"model.{part}", compute_fn=lambda suite, part=part: getattr(suite, part), apply_on="instantiate"
+            )
+        parser.link_arguments("suite", "data.images", compute_fn=lambda suite: suite.images, apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.add_argument("--run.root", type=str, default="runs", help="folder of all runs")
+        parser.add_argument("--run.name", type=str | None, default=None, help="folder of this run; default: the recipe")
+        parser.add_argument(
+            "--run.if_exists",
+            type=Literal["refuse", "resume", "overwrite"],
+            default="refuse",
+            help="what to do with a run folder that holds a run: nothing, go on from its last checkpoint, or replace it",
+        )
+
+    @property
+    def settings(self) -> Namespace:
+        """The parsed configuration of the chosen subcommand."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        settings = self.settings
+        return Path(settings.run.root) / (settings.run.name or settings.model.recipe)
+
+    def before_instantiate_classes(self) -> None:
+        """Point loggers and checkpoints at the run folder, after checking that nothing in it gets lost."""
+        if self.subcommand != "fit":
+            return
+        settings = self.settings
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if settings.run.if_exists == "resume" and last.is_file():
+            settings.ckpt_path = str(last)
+        elif settings.ckpt_path is None:
+            _clear_way(self.folder, settings.run.if_exists)
+        if settings.ckpt_path and not Path(settings.ckpt_path).is_file():
+            raise MissingFileError(f"{settings.ckpt_path}: there is no such checkpoint; give the path of a last.ckpt")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer with a CSV log and the last checkpoint always on, beside what the configuration asks for."""
+        wanted = self._get(self.config_init, "trainer").logger
+        others = wanted if isinstance(wanted, list) else [wanted] if wanted not in (None, True, False) else []
+        kwargs["logger"] = [CSVLogger(self.folder.parent, name=self.folder.name, version=""), *others]
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            trainer.callbacks.append(
+                ModelCheckpoint(self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False)
+            )
+        return trainer
+
+    def before_fit(self) -> None:
+        """Refuse to train nothing, before anything is written."""
+        if self.trainer.max_steps != 0:
+            self.model.check_learns()
+        self.loaded = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """Score the four views, write `results.json` and the last checkpoint, print the table."""
+        adapted = time.perf_counter()
+        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        scores = score(self.trainer, self.model, self.datamodule)
+        seconds = {"load": self.loaded - STARTED, "adapt": adapted - self.loaded, "evaluate": time.perf_counter() - adapted}
+        results = summary(
+            self.model,
+            scores,
+            seed=self.datamodule.seed,
+            steps=self.trainer.global_step,
+            seconds=seconds,
+            sizes={task: len(images) for task, images in self.datamodule.images.items()},
+        )
+        _publish(results, self.folder)
+
+    def after_validate(self) -> None:
+        """Print the accuracies of the view that was validated."""
+        scores = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+        _console().print(scores)
+
+
+def load_run(source: str) -> AdaptiveMerge:
+    """The module of a run folder with its learned values, or of a configuration file as it starts.
+
+    Args:
+        source: a run folder (its `config.yaml` and `checkpoints/last.ckpt` are read) or a YAML file.
+    """
+    path = Path(source)
+    config = path / "config.yaml" if path.is_dir() else path
+    if not config.is_file():
+        raise MissingFileError(f"{config}: there is no such file; give a run folder or a configuration")
+    try:
+        cli = AdaptiveMergeCLI(args=["--config", str(config), "--trainer.logger=false"], run=False)
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"{config}: {error}") from error
+    checkpoint = path / "checkpoints" / "last.ckpt"
+    if path.is_dir():
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        cli.model.on_load_checkpoint(content)
+        cli.model.load_state_dict(content["state_dict"])
+    return cli.model
+
+
+@rank_zero_only
+def _clear_way(folder: Path, if_exists: str) -> None:
+    written = [path for name in ("config.yaml", "metrics.csv", "results.json", "checkpoints") if (path := folder / name).exists()]
+    if written and if_exists != "overwrite":
+        raise InputError(f"{folder} already holds a run; choose another --run.name, or --run.if_exists resume or overwrite")
+    for path in written:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@rank_zero_only
+def _publish(results: dict[str, Any], folder: Path) -> None:
+    save_json(folder / "results.json", results)
+    console = _console()
+    console.print(table(results))
+    seconds = results["seconds"]
+    console.print(f"{results['steps']} steps in {seconds['adapt']:.0f} s, scored in {seconds['evaluate']:.0f} s; "
+                  f"{results['trainable_parameters']:,} numbers learned; the run is in {folder}", soft_wrap=True, highlight=False)
+
+
+def _console() -> Console:
+    return Console()
+
+
+def _quiet() -> None:
+    """Lightning's hints that do not apply here: loaders are deliberate, and tips are not for logs."""
+    for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*", ".*isinstance.treespec.*",
+                    ".*you have set.*max_epochs.*", ".*Checkpoint directory.*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

@@ -1,0 +1,7 @@
+"""Task suites: images, the unlabelled stream over them, and what belongs together with them."""
+
+from adaptive_merge.data.images import Images
+from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.data.suite import Suite, load_suite
+
+__all__ = ["Images", "Suite", "TaskStream", "load_suite"]

@@ -1,0 +1,49 @@
+"""The test images of one task, decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from adaptive_merge.errors import InputError
+
+__all__ = ["Images"]
+
+
+class Images:
+    """Test images of a task as uint8, with labels that only evaluation reads.
+
+    Args:
+        pixels: uint8 [N, H, W] (gray) or [N, H, W, 3].
+        labels: int64 [N], class of each image.
+        classes: class names; labels lie in [0, len(classes)).
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str]) -> None:
+        if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4):
+            raise InputError(f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {tuple(pixels.shape)}")
+        if len(pixels) == 0:
+            raise InputError("the data set is empty: there is no image to adapt on")
+        if len(labels) != len(pixels):
+            raise InputError(f"{len(pixels)} images but {len(labels)} labels; give one label for each image")
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise InputError(f"labels lie in [{labels.min()}, {labels.max()}] but there are {len(classes)} classes")
+        self.pixels, self.labels, self.classes = pixels, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] of the images at `indices` [B]; gray is repeated over the channels."""
+        chosen = self.pixels[indices]
+        return chosen[:, None].expand(-1, 3, -1, -1) if chosen.dim() == 3 else chosen.movedim(-1, 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of shape and pixels; labels do not count, so that nothing keyed by it can depend on them."""
+        digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
+        digest.update(memoryview(self.pixels.contiguous().numpy()))
+        return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""Suites: a pre-trained model, its experts, their heads and test images, loaded together from one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adaptive_merge.data.images import Images
+from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.models.embedded import build_encoder
+from adaptive_merge.task_vectors import TaskVectors
+
+__all__ = ["Suite", "load_suite"]
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What belongs together.
+
+    Args:
+        name: of the suite.
+        task_vectors: the bank of the pre-trained model and its experts.
+        backbone: the encoder's structure, carrying `image_mean` and `image_std`.
+        heads: task → frozen classifier weight [C, d].
+        images: task → test images.
+    """
+
+    name: str
+    task_vectors: TaskVectors
+    backbone: nn.Module
+    heads: Mapping[str, Tensor]
+    images: Mapping[str, Images]
+
+    @property
+    def data(self) -> TaskStream:
+        """A stream over the images with its default settings."""
+        return TaskStream(self.images)
+
+
+def load_suite(
+    name: str = "embedded", tasks: list[str] | None = None, split: Literal["test", "val"] = "test"
+) -> Suite:
+    """Load a suite: `"embedded"`, which ships with the package, or the path of a folder laid out like it.
+
+    Args:
+        name: `"embedded"` or a folder that holds `suite.json`.
+        tasks: some of its tasks, in this order; default all.
+        split: images to adapt and score on; `"val"` for choices that must not see test images.
+
+    Raises:
+        MissingFileError: the folder or one of its files is not there.
+        InputError: an unknown task; a file that is damaged or does not fit the others.
+    """
+    folder = EMBEDDED if name == "embedded" else Path(name)
+    manifest = _read_manifest(folder)
+    known = manifest["tasks"]
+    chosen = list(known) if tasks is None else tasks
+    if not chosen:
+        raise InputError("no task is left to adapt on; name at least one")
+    for task in chosen:
+        if task not in known:
+            raise InputError(f"suite {name!r} has no task {task!r}{did_you_mean(task, known)}")
+    backbone = build_encoder()
+    backbone.image_mean, backbone.image_std = tuple(manifest["mean"]), tuple(manifest["std"])
+    pretrained = _read_tensors(folder, "pretrained.safetensors", manifest)
+    heads = _read_tensors(folder, "heads.safetensors", manifest)
+    try:
+        bank = TaskVectors.from_state_dicts(pretrained, _Experts(folder, chosen, manifest))
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    images = {task: _read_images(folder, task, split, manifest) for task in chosen}
+    return Suite(manifest["name"], bank, backbone, {task: _head(folder, heads, task, known[task]) for task in chosen}, images)
+
+
+class _Experts(Mapping[str, dict[str, Tensor]]):
+    """Reads an expert when it is asked for, so that one at a time is in memory."""
+
+    def __init__(self, folder: Path, tasks: list[str], manifest: dict[str, Any]) -> None:
+        self.folder, self.tasks, self.manifest = folder, tasks, manifest
+
+    def __getitem__(self, task: str) -> dict[str, Tensor]:
+        return _read_tensors(self.folder, f"experts/{task}.safetensors", self.manifest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "suite.json"
+    if not path.is_file():
+        raise MissingFileError(f"{path}: there is no such file; a suite is 'embedded' or a folder that holds suite.json")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _checked(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
+    """The path of a file of the suite, after comparing its sha256 with the manifest."""
+    path = folder / name
+    if not path.is_file():
+        raise MissingFileError(f"{path}: the suite lists this file but it is not there; restore it")
+    wanted = manifest["files"].get(name)
+    if wanted != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise InputError(f"{path}: its sha256 is not the one in suite.json; restore the file, or correct the manifest")
+    return path
+
+
+def _read_tensors(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    path = _checked(folder, name, manifest)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) -> Images:
+    path = _checked(folder, f"images/{task}.npz", manifest)
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = {f"{split}_images", f"{split}_labels"} - set(arrays.files)
+        if missing:
+            raise InputError(f"{path}: there is no array {sorted(missing)[0]!r}; the split {split!r} is not in this suite")
+        pixels, labels = (torch.from_numpy(arrays[f"{split}_{kind}"]) for kind in ("images", "labels"))
+    try:
+        return Images(pixels, labels, manifest["tasks"][task]["classes"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> Tensor:
+    head = heads.get(f"{task}.weight")
+    if head is None:
+        raise InputError(f"{folder / 'heads.safetensors'}: there is no head {task + '.weight'!r}")
+    if len(head) != len(entry["classes"]):
+        raise InputError(f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "
+                         f"{len(entry['classes'])}")
+    return head

@@ -1,0 +1,54 @@
+"""Writing files so that a reader sees the old content or the new one, never a part of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["replacing", "save_json", "save_tensors"]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success flush it to disk and rename it over `path`.
+
+    Same folder, so that the rename stays on one device; on an error the temporary file is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically; views and device tensors are copied first where needed."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    storages = [tensor.untyped_storage().data_ptr() for tensor in plain.values()]
+    shared = len(set(storages)) < len(storages)
+    with replacing(path) as partial:
+        # safetensors refuses tensors that share a storage, which the views of a flat buffer do.
+        save_file({k: v.clone() for k, v in plain.items()} if shared else plain, partial, dict(metadata or {}))
+
+
+def save_json(path: str | Path, content: Any) -> None:
+    """Write JSON, atomically, indented for people."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

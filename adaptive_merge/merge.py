@@ -1,0 +1,206 @@
+"""The differentiable merge: the hot path.
+
+The merge is linear in Λ, so autograd has nothing to find out here. `combine` reads the bank once and writes θ
+once; `project` reads it once more to turn ∂L/∂θ into ∂L/∂Λ. No product λ·τ ever becomes a graph node (that
+keeps T copies of the model alive), and no flat buffer is sliced under autograd (each slice's backward would
+allocate P zeros).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from adaptive_merge.coefficients import Coefficients, Fixed
+from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.task_vectors import TaskVectors
+
+__all__ = ["MergedBackbone", "combine", "project"]
+
+# A bfloat16 bank is widened to float32 piece by piece, so that the merge accumulates in float32 and the
+# temporary copy stays small: T · 2^20 · 4 bytes.
+_WIDEN = 1 << 20
+
+
+@torch.no_grad()
+def combine(bank: TaskVectors, coefficients: Tensor, group_of: Sequence[int]) -> Tensor:
+    """θ₀ + Σₜ λ_{t,g(p)} τ_{t,p} as one flat buffer [P], float32.
+
+    Args:
+        bank: θ₀ and T task vectors.
+        coefficients: Λ [T, G].
+        group_of: for each parameter of the bank, the column of Λ that weighs it.
+    """
+    merged = torch.empty_like(bank.pretrained)
+    weights = coefficients.to(bank.pretrained)
+    for group, part in _runs(bank, group_of):
+        for piece in _pieces(bank, part):
+            columns = bank.vectors[:, piece].float()
+            torch.addmv(bank.pretrained[piece], columns.T, weights[:, group], out=merged[piece])
+    return merged
+
+
+@torch.no_grad()
+def project(bank: TaskVectors, gradients: Sequence[Tensor | None], group_of: Sequence[int], groups: int) -> Tensor:
+    """∂L/∂Λ [T, G] from ∂L/∂θ: ⟨τ_{t,p}, ∂L/∂θ_p⟩ summed over the parameters p of each group.
+
+    Args:
+        bank: the bank that was merged.
+        gradients: ∂L/∂θ, one tensor per parameter; None where a parameter got none.
+        group_of: as for `combine`.
+        groups: G.
+    """
+    result = bank.pretrained.new_zeros(groups, len(bank.tasks))
+    for gradient, part, group in zip(gradients, bank.layout.slices, group_of):
+        if gradient is None:
+            continue
+        flat = gradient.reshape(-1).float()
+        for piece in _pieces(bank, part):
+            columns = bank.vectors[:, piece].float()
+            result[group] += torch.mv(columns, flat[piece.start - part.start : piece.stop - part.start])
+    return result.T
+
+
+def _runs(bank: TaskVectors, group_of: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Neighbouring parameters of one group form one run: task-wise is a single matrix-vector product."""
+    pairs = zip(group_of, bank.layout.slices)
+    for group, members in groupby(pairs, key=lambda pair: pair[0]):
+        parts = [part for _, part in members]
+        yield group, slice(parts[0].start, parts[-1].stop)
+
+
+def _pieces(bank: TaskVectors, part: slice) -> Iterator[slice]:
+    if bank.vectors.dtype == torch.float32:
+        yield part
+        return
+    for start in range(part.start, part.stop, _WIDEN):
+        yield slice(start, min(start + _WIDEN, part.stop))
+
+
+class _Merge(torch.autograd.Function):
+    """Λ → the tuple of merged parameters, views of one buffer; one graph node for the whole model."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, bank: TaskVectors, group_of: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.bank, ctx.group_of, ctx.groups = bank, group_of, coefficients.shape[1]
+        ctx.set_materialize_grads(False)
+        return bank.layout.views(combine(bank, coefficients, group_of))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        return project(ctx.bank, gradients, ctx.group_of, ctx.groups), None, None
+
+
+class MergedBackbone(nn.Module):
+    """A backbone whose weights are θ₀ + Σₜ λₜ τₜ; only Λ can learn.
+
+    The caller's backbone is not touched: its structure is copied without its weights, and every forward is a
+    `torch.func.functional_call` with the merged parameters. The bank moves with the module but is no part of
+    its `state_dict`, which holds Λ alone.
+
+    Args:
+        backbone: any module that maps a batch to features [B, d].
+        task_vectors: the bank; its names are those of `backbone.named_parameters()`.
+        coefficients: Λ; bound to the bank here. Default: `Fixed(0.3)`, plain task arithmetic.
+
+    Raises:
+        InputError: the bank's parameters or buffers are not the backbone's.
+    """
+
+    def __init__(self, backbone: nn.Module, task_vectors: TaskVectors, coefficients: Coefficients | None = None) -> None:
+        super().__init__()
+        _check_fit(backbone, task_vectors)
+        self.coefficients = (coefficients or Fixed(0.3)).bind(task_vectors)
+        self.task_vectors = task_vectors
+        # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
+        self.__dict__["skeleton"] = _without_weights(backbone)
+        buffers = dict(backbone.named_buffers()) | dict(task_vectors.buffers)
+        self.__dict__["constants"] = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        self.__dict__["_kept"] = None
+
+    def merge(self) -> dict[str, Tensor]:
+        """The merged parameters by name; differentiable in Λ where Λ learns, kept where it does not."""
+        if not self.coefficients.values.requires_grad:
+            version = (self.coefficients.values._version, self.task_vectors.device)
+            if self._kept is None or self._kept[0] != version:
+                self.__dict__["_kept"] = (version, self.merge_with(self.coefficients()))
+            return self._kept[1]
+        views = _Merge.apply(self.coefficients(), self.task_vectors, self.coefficients.group_of)
+        return dict(zip(self.task_vectors.names, views))
+
+    def merge_with(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """The merged parameters for other coefficients: [T, G] of the same groups, or [T] for all; no gradient."""
+        if coefficients.dim() == 1:
+            coefficients = coefficients[:, None].expand(-1, len(self.coefficients.groups))
+        flat = combine(self.task_vectors, coefficients.detach(), self.coefficients.group_of)
+        return self.task_vectors.layout.unflatten(flat)
+
+    def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """∂L/∂Λ [T, G] from the gradients of the merged parameters."""
+        bound = self.coefficients
+        return project(self.task_vectors, gradients, bound.group_of, len(bound.groups))
+
+    def forward(self, images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Features [B, d] of `images` [B, …], with `parameters` (default: `merge()`) in evaluation mode.
+
+        Images in uint8 are scaled and normalised here, on the device, by the `image_mean` and `image_std`
+        that the backbone carries, as open_clip's towers do.
+        """
+        weights = dict(self.merge() if parameters is None else parameters) | self.constants
+        return torch.func.functional_call(self.skeleton, weights, (self._normalise(images),), strict=True)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        if getattr(self.skeleton, "image_mean", None) is None:
+            raise InputError("uint8 images need `backbone.image_mean` and `backbone.image_std`; set them, "
+                             "or feed images that are already normalised floats")
+        mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1)
+                     for value in (self.skeleton.image_mean, self.skeleton.image_std))
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def merged_state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors that load into the plain backbone with `load_state_dict`."""
+        merged = {name: value.detach().clone() for name, value in self.merge().items()}
+        persistent = self.skeleton.state_dict().keys()
+        return {name: (merged | self.constants)[name] for name in persistent}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MergedBackbone:
+        super()._apply(fn, recurse)
+        # Only the device follows: θ₀, Λ and the merge stay float32 under any precision of the tower.
+        device = fn(torch.empty(0, device=self.task_vectors.device)).device
+        self.task_vectors = self.task_vectors.to(device)
+        self.__dict__["constants"] = {name: buffer.to(device) for name, buffer in self.constants.items()}
+        return self
+
+
+def _without_weights(backbone: nn.Module) -> nn.Module:
+    """A copy of the structure on the meta device: `deepcopy` takes each tensor's stand-in from the memo."""
+    memo: dict[int, Any] = {}
+    for parameter in backbone.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in backbone.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(backbone, memo).eval()
+
+
+def _check_fit(backbone: nn.Module, task_vectors: TaskVectors) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in backbone.named_parameters()}
+    known = dict(zip(task_vectors.names, task_vectors.layout.shapes))
+    for name in shapes.keys() - known.keys():
+        raise InputError(f"the backbone's parameter {name!r} is not in the task vectors{did_you_mean(name, known)}")
+    for name in known.keys() - shapes.keys():
+        raise InputError(f"the task vectors' parameter {name!r} is not in the backbone{did_you_mean(name, shapes)}")
+    for name, shape in shapes.items():
+        if known[name] != shape:
+            raise InputError(f"parameter {name!r} has shape {known[name]} in the task vectors and {shape} in the backbone")
+    unknown = task_vectors.buffers.keys() - dict(backbone.named_buffers()).keys()
+    for name in unknown:
+        raise InputError(f"the buffer {name!r} of the task vectors is not in the backbone")

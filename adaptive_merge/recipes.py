@@ -1,0 +1,76 @@
+"""Named constructors: each published method as the choice of parts that it is.
+
+Every one takes the bank, the backbone and the heads, and gives an `AdaptiveMerge` for `trainer.fit` or, where
+nothing learns, for `trainer.validate` and `merged_state_dict()`. Their YAML twins are in `configs/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from adaptive_merge.coefficients import BlockWise, Bounds, Coefficients, Fixed, LayerWise, TaskWise
+from adaptive_merge.errors import InputError
+from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.transforms import Ties
+
+__all__ = ["AdaMerging", "AdaMergingPP", "TaskArithmetic", "TiesMerging", "WeightAveraging"]
+
+Heads = Mapping[str, Tensor]
+Granularity = Literal["task", "layer", "block"]
+
+
+def WeightAveraging(task_vectors: TaskVectors, backbone: nn.Module, heads: Heads) -> AdaptiveMerge:
+    """The mean of the experts: every coefficient 1/T."""
+    return AdaptiveMerge(task_vectors, backbone, heads, recipe="weight_averaging", coefficients=Fixed("average"))
+
+
+def TaskArithmetic(task_vectors: TaskVectors, backbone: nn.Module, heads: Heads, scale: float = 0.3) -> AdaptiveMerge:
+    """θ₀ + scale · Σ τ (Ilharco et al., ICLR 2023)."""
+    return AdaptiveMerge(task_vectors, backbone, heads, recipe="task_arithmetic", coefficients=Fixed(scale))
+
+
+def TiesMerging(
+    task_vectors: TaskVectors, backbone: nn.Module, heads: Heads, scale: float = 0.3,
+    density: float = 0.2, counted_over: int | None = None, reduce: Literal["sum", "mean"] = "sum",
+) -> AdaptiveMerge:
+    """Trim, elect a sign, merge what agrees (Yadav et al., NeurIPS 2023); arguments as for `Ties`."""
+    transforms = (Ties(density, counted_over, reduce),)
+    return AdaptiveMerge(task_vectors, backbone, heads, recipe="ties", transforms=transforms, coefficients=Fixed(scale))
+
+
+def AdaMerging(
+    task_vectors: TaskVectors, backbone: nn.Module, heads: Heads, granularity: Granularity = "layer",
+    init: float = 0.3, bounds: Bounds = "clamp", **settings: Any,
+) -> AdaptiveMerge:
+    """Learn the coefficients by entropy minimisation (Yang et al., ICLR 2024).
+
+    Args:
+        task_vectors, backbone, heads: what is merged.
+        granularity: one coefficient per task and: model (`"task"`), parameter tensor (`"layer"`), block.
+        init: start value.
+        bounds: see `Coefficients`.
+        settings: further arguments of `AdaptiveMerge`, such as `lr`.
+    """
+    coefficients = _coefficients(granularity, init, bounds)
+    settings = {"recipe": f"adamerging_{granularity}"} | settings
+    return AdaptiveMerge(task_vectors, backbone, heads, coefficients=coefficients, **settings)
+
+
+def AdaMergingPP(
+    task_vectors: TaskVectors, backbone: nn.Module, heads: Heads, granularity: Granularity = "layer",
+    init: float = 0.3, bounds: Bounds = "clamp", density: float = 0.2, counted_over: int | None = None, **settings: Any,
+) -> AdaptiveMerge:
+    """AdaMerging++: AdaMerging over TIES task vectors; arguments as for `AdaMerging` and `Ties`."""
+    settings = {"recipe": f"adamerging_pp_{granularity}", "transforms": (Ties(density, counted_over),)} | settings
+    return AdaMerging(task_vectors, backbone, heads, granularity, init, bounds, **settings)
+
+
+def _coefficients(granularity: str, init: float, bounds: Bounds) -> Coefficients:
+    kinds = {"task": TaskWise, "layer": LayerWise, "block": BlockWise}
+    if granularity not in kinds:
+        raise InputError(f"unknown granularity {granularity!r}; choose {', '.join(map(repr, kinds))}")
+    return kinds[granularity](init=init, bounds=bounds)
