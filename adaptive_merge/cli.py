@@ -105,9 +105,10 @@ class AdaptiveMergeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Point loggers and checkpoints at the run folder, after checking that nothing in it gets lost."""
+        settings = self.settings
+        settings.weights_only = True
         if self.subcommand != "fit":
             return
-        settings = self.settings
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():
             settings.ckpt_path = str(last)

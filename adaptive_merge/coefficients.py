@@ -63,7 +63,12 @@ class Coefficients(nn.Module, ABC):
 
     def forward(self) -> Tensor:
         """Λ [T, G] as the merge uses it."""
-        return self.values.clamp(0, 1) if self.bounds == "clamp" else self.values
+        if self.bounds != "clamp":
+            return self.values
+        # The published gradient is 1 on the bounds themselves. `clamp`'s own is 1 there up to torch 2.14 and 0
+        # from 2.15 on, where a coefficient that starts at 0 would never move.
+        inside = (self.values >= 0) & (self.values <= 1)
+        return torch.where(inside, self.values, self.values.detach().clamp(0, 1))
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -31,7 +31,7 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.tasks = backbone.task_vectors.tasks
-        check_heads(heads, self.tasks)
+        check_heads(heads, self.tasks, getattr(backbone.skeleton, "output_dim", None))
         self.__dict__["heads"] = {task: heads[task].detach().float() for task in self.tasks}
 
     def forward(self, task: str, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Prediction:
@@ -54,17 +54,21 @@ class AdaptedModel(nn.Module):
         return self
 
 
-def check_heads(heads: Mapping[str, Tensor], tasks: tuple[str, ...]) -> None:
-    """Raise InputError unless there is one two-dimensional finite head per task."""
+def check_heads(heads: Mapping[str, Tensor], tasks: tuple[str, ...], width: int | None = None) -> None:
+    """Raise InputError unless there is one finite head [C, width] per task.
+
+    Args:
+        heads: task → weight [C, d].
+        tasks: the tasks that need one.
+        width: features of the backbone, where it says so (`output_dim`, as open_clip's towers do).
+    """
     for task in tasks:
         if task not in heads:
             raise InputError(f"task {task!r} has an expert but no head; give heads for {', '.join(tasks)}")
         head = heads[task]
-        if head.dim() != 2 or not torch.isfinite(head).all():
-            raise InputError(f"the head of task {task!r} must be a finite matrix [classes, features], "
-                             f"got shape {tuple(head.shape)}{'' if head.isfinite().all() else ' with NaN or infinite values'}")
-    widths = {task: heads[task].shape[1] for task in tasks}
-    for task, width in widths.items():
-        if width != widths[tasks[0]]:
-            raise InputError(f"the head of task {task!r} takes {width} features, that of {tasks[0]!r} takes {widths[tasks[0]]}; "
-                             "all heads read the same backbone")
+        width = head.shape[-1] if width is None else width
+        if head.dim() != 2 or head.shape[1] != width:
+            raise InputError(f"the head of task {task!r} has shape {tuple(head.shape)}, expected [classes, {width}]: "
+                             f"the backbone gives {width} features; build the head with this model's text tower")
+        if not torch.isfinite(head).all():
+            raise InputError(f"the head of task {task!r} holds NaN or infinite values; build it again")

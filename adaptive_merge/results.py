@@ -29,7 +29,7 @@ def score(trainer: pl.Trainer, module: AdaptiveMerge, datamodule: pl.LightningDa
     scores = {}
     for view in VIEWS:
         with module.viewing(view):
-            trainer.validate(module, datamodule=datamodule, verbose=False)
+            trainer.validate(module, datamodule=datamodule, verbose=False, weights_only=True)
         metrics = trainer.callback_metrics
         scores[view] = {task: float(metrics[f"{view}/{task}/accuracy"]) for task in module.tasks}
     return scores

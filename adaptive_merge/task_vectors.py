@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -74,7 +74,6 @@ class Layout:
         return dict(zip(self.names, self.views(flat)))
 
 
-@dataclass(frozen=True, eq=False)
 class TaskVectors:
     """θ₀ [P] and the stacked τ [T, P] (Ilharco et al., "Editing models with task arithmetic").
 
@@ -89,11 +88,12 @@ class TaskVectors:
         buffers: what the backbone carries besides parameters; equal in all experts, or their mean.
     """
 
-    tasks: tuple[str, ...]
-    layout: Layout
-    pretrained: Tensor
-    vectors: Tensor
-    buffers: Mapping[str, Tensor]
+    # Not a dataclass: jsonargparse would spell its fields out as options instead of taking the object.
+    def __init__(
+        self, tasks: Iterable[str], layout: Layout, pretrained: Tensor, vectors: Tensor, buffers: Mapping[str, Tensor]
+    ) -> None:
+        self.tasks, self.layout = tuple(tasks), layout
+        self.pretrained, self.vectors, self.buffers = pretrained, vectors, dict(buffers)
 
     @classmethod
     def from_state_dicts(
@@ -171,9 +171,7 @@ class TaskVectors:
         if self.device == torch.device(device):
             return self
         moved = {name: buffer.to(device) for name, buffer in self.buffers.items()}
-        return replace(
-            self, pretrained=self.pretrained.to(device), vectors=self.vectors.to(device), buffers=moved
-        )
+        return TaskVectors(self.tasks, self.layout, self.pretrained.to(device), self.vectors.to(device), moved)
 
     def select(self, tasks: Iterable[str]) -> TaskVectors:
         """The bank of some tasks only, in the order given."""
@@ -181,7 +179,8 @@ class TaskVectors:
         for task in tasks:
             if task not in self.tasks:
                 raise InputError(f"there is no task {task!r} in this bank{did_you_mean(task, self.tasks)}")
-        return replace(self, tasks=tasks, vectors=self.vectors[[self.tasks.index(task) for task in tasks]])
+        rows = self.vectors[[self.tasks.index(task) for task in tasks]]
+        return TaskVectors(tasks, self.layout, self.pretrained, rows, self.buffers)
 
     def with_vectors(self, vectors: Tensor) -> TaskVectors:
         """The bank with other task vectors [T, P]: what a transform returns."""
@@ -189,7 +188,7 @@ class TaskVectors:
             raise InputError(
                 f"task vectors of shape {tuple(vectors.shape)} do not fit a bank of {tuple(self.vectors.shape)}"
             )
-        return replace(self, vectors=vectors)
+        return TaskVectors(self.tasks, self.layout, self.pretrained, vectors, self.buffers)
 
     def __add__(self, other: TaskVectors) -> TaskVectors:
         return self.with_vectors(self.vectors + self._aligned(other))
