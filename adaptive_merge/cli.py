@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
-import torch
+import yaml
 from jsonargparse import Namespace, class_from_function
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from adaptive_merge import __version__
+from adaptive_merge.checkpoints.run import read_checkpoint
 from adaptive_merge.commands import COMMANDS
 from adaptive_merge.data import Suite, TaskStream, load_suite
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.files import save_json
+from adaptive_merge.loggers import RunLog
 from adaptive_merge.module import AdaptiveMerge
 from adaptive_merge.results import score, summary, table
 
@@ -56,10 +58,11 @@ def run(arguments: list[str]) -> None:
 class AdaptiveMergeCLI(LightningCLI):
     """A suite, a module made of parts, a stream over the suite's images, and a run folder."""
 
-    def __init__(self, args: list[str], run: bool = True) -> None:
+    def __init__(self, args: list[str] | dict[str, Any], run: bool = True) -> None:
         super().__init__(
             AdaptiveMerge,
             TaskStream,
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -79,7 +82,10 @@ class AdaptiveMergeCLI(LightningCLI):
         parser.add_class_arguments(class_from_function(load_suite, Suite), "suite")
         for part in ("task_vectors", "backbone", "heads"):
             parser.link_arguments(
-                "suite", f"model.{part}", compute_fn=lambda suite, part=part: getattr(suite, part), apply_on="instantiate"
+                "suite",
+                f"model.{part}",
+                compute_fn=lambda suite, part=part: getattr(suite, part),
+                apply_on="instantiate",
             )
         parser.link_arguments("suite", "data.images", compute_fn=lambda suite: suite.images, apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -105,28 +111,28 @@ class AdaptiveMergeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Point loggers and checkpoints at the run folder, after checking that nothing in it gets lost."""
-        settings = self.settings
-        settings.weights_only = True
         if self.subcommand != "fit":
             return
+        settings = self.settings
+        settings.weights_only = True
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():
             settings.ckpt_path = str(last)
         elif settings.ckpt_path is None:
             _clear_way(self.folder, settings.run.if_exists)
-        if settings.ckpt_path and not Path(settings.ckpt_path).is_file():
-            raise MissingFileError(f"{settings.ckpt_path}: there is no such checkpoint; give the path of a last.ckpt")
+        self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """The trainer with a CSV log and the last checkpoint always on, beside what the configuration asks for."""
-        wanted = self._get(self.config_init, "trainer").logger
+        """The trainer; for `fit` with a CSV log and the last checkpoint always on, beside what the user asks for."""
+        if self.subcommand != "fit":
+            return super().instantiate_trainer(logger=False, **kwargs)
+        wanted = self.config_init[self.subcommand].trainer.logger
         others = wanted if isinstance(wanted, list) else [wanted] if wanted not in (None, True, False) else []
-        kwargs["logger"] = [CSVLogger(self.folder.parent, name=self.folder.name, version=""), *others]
-        trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "fit":
-            trainer.callbacks.append(
-                ModelCheckpoint(self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False)
-            )
+        trainer = super().instantiate_trainer(logger=[RunLog(self.folder, self.resumed_at), *others], **kwargs)
+        last = ModelCheckpoint(
+            self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
+        )
+        trainer.callbacks.append(last)
         return trainer
 
     def before_fit(self) -> None:
@@ -138,9 +144,13 @@ class AdaptiveMergeCLI(LightningCLI):
     def after_fit(self) -> None:
         """Score the four views, write `results.json` and the last checkpoint, print the table."""
         adapted = time.perf_counter()
-        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
         scores = score(self.trainer, self.model, self.datamodule)
-        seconds = {"load": self.loaded - STARTED, "adapt": adapted - self.loaded, "evaluate": time.perf_counter() - adapted}
+        seconds = {
+            "load": self.loaded - STARTED,
+            "adapt": adapted - self.loaded,
+            "evaluate": time.perf_counter() - adapted,
+        }
         results = summary(
             self.model,
             scores,
@@ -168,22 +178,37 @@ def load_run(source: str) -> AdaptiveMerge:
     if not config.is_file():
         raise MissingFileError(f"{config}: there is no such file; give a run folder or a configuration")
     try:
-        cli = AdaptiveMergeCLI(args=["--config", str(config), "--trainer.logger=false"], run=False)
-    except jsonargparse.ArgumentError as error:
-        raise InputError(f"{config}: {error}") from error
-    checkpoint = path / "checkpoints" / "last.ckpt"
+        content = yaml.safe_load(config.read_text())
+        parts = {key: content[key] for key in ("seed_everything", "suite", "model") if key in content}
+        module = AdaptiveMergeCLI(args=parts, run=False).model
+    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
+        raise InputError(f"{config}: not a configuration of this program ({error})") from error
     if path.is_dir():
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        cli.model.on_load_checkpoint(content)
-        cli.model.load_state_dict(content["state_dict"])
-    return cli.model
+        checkpoint = read_checkpoint(path / "checkpoints" / "last.ckpt")
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+    return module
+
+
+class _SaveConfig(SaveConfigCallback):
+    """`config.yaml` belongs to a run; validation leaves nothing behind."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 @rank_zero_only
 def _clear_way(folder: Path, if_exists: str) -> None:
-    written = [path for name in ("config.yaml", "metrics.csv", "results.json", "checkpoints") if (path := folder / name).exists()]
+    written = [
+        path
+        for name in ("config.yaml", "metrics.csv", "results.json", "checkpoints")
+        if (path := folder / name).exists()
+    ]
     if written and if_exists != "overwrite":
-        raise InputError(f"{folder} already holds a run; choose another --run.name, or --run.if_exists resume or overwrite")
+        raise InputError(
+            f"{folder} already holds a run; choose another --run.name, or --run.if_exists resume or overwrite"
+        )
     for path in written:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -194,8 +219,12 @@ def _publish(results: dict[str, Any], folder: Path) -> None:
     console = _console()
     console.print(table(results))
     seconds = results["seconds"]
-    console.print(f"{results['steps']} steps in {seconds['adapt']:.0f} s, scored in {seconds['evaluate']:.0f} s; "
-                  f"{results['trainable_parameters']:,} numbers learned; the run is in {folder}", soft_wrap=True, highlight=False)
+    console.print(
+        f"{results['steps']} steps in {seconds['adapt']:.0f} s, scored in {seconds['evaluate']:.0f} s; "
+        f"{results['trainable_parameters']:,} numbers learned; the run is in {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _console() -> Console:
@@ -204,7 +233,12 @@ def _console() -> Console:
 
 def _quiet() -> None:
     """Lightning's hints that do not apply here: loaders are deliberate, and tips are not for logs."""
-    for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*", ".*isinstance.treespec.*",
-                    ".*you have set.*max_epochs.*", ".*Checkpoint directory.*exists and is not empty.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter.*",
+        ".*isinstance.treespec.*",
+        ".*you have set.*max_epochs.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+    ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

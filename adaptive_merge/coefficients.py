@@ -37,7 +37,10 @@ class Coefficients(nn.Module, ABC):
     granularity: ClassVar[str]
 
     def __init__(
-        self, init: float | list[float] | Literal["average", "metagpt"] = 0.3, bounds: Bounds = "clamp", trainable: bool = True
+        self,
+        init: float | list[float] | Literal["average", "metagpt"] = 0.3,
+        bounds: Bounds = "clamp",
+        trainable: bool = True,
     ) -> None:
         super().__init__()
         if bounds not in ("clamp", "project", "free"):
@@ -130,6 +133,8 @@ def _start_values(init: float | list[float] | str, task_vectors: TaskVectors) ->
         raise InputError(f"unknown start {init!r} of the coefficients; give a number, a list, 'average' or 'metagpt'")
     if isinstance(init, Sequence):
         if len(init) != tasks:
-            raise InputError(f"{len(init)} start coefficients for {tasks} experts ({', '.join(task_vectors.tasks)}); give one each")
+            raise InputError(
+                f"{len(init)} start coefficients for {tasks} experts ({', '.join(task_vectors.tasks)}); give one each"
+            )
         return torch.tensor([float(value) for value in init])
     return torch.full((tasks,), float(init))

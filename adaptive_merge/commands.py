@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
+from adaptive_merge.checkpoints.run import read_checkpoint
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.files import save_tensors
 
@@ -21,14 +22,20 @@ __all__ = ["COMMANDS", "describe"]
 def _merge(arguments: list[str]) -> None:
     """Write the merged weights of a run or of a configuration as safetensors."""
     parser = argparse.ArgumentParser("adaptive-merge merge", description=_merge.__doc__)
-    parser.add_argument("source", help="a run folder (adapted merge), or a YAML configuration (the merge that it starts from)")
+    parser.add_argument(
+        "source", help="a run folder (adapted merge), or a YAML configuration (the merge that it starts from)"
+    )
     parser.add_argument("--output", default="merged.safetensors", help="file to write (default: merged.safetensors)")
     options = parser.parse_args(arguments)
     # Here, because the command line imports this module.
     from adaptive_merge.cli import load_run
 
     module = load_run(options.source)
-    metadata = {"recipe": module.recipe, "tasks": json.dumps(module.tasks), "experts": json.dumps(module.experts.fingerprints)}
+    metadata = {
+        "recipe": module.recipe,
+        "tasks": json.dumps(module.tasks),
+        "experts": json.dumps(module.experts.fingerprints),
+    }
     tensors = module.merged_state_dict()
     save_tensors(options.output, tensors, metadata)
     _say(f"wrote {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} entries, to {options.output}")
@@ -60,7 +67,10 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not results.is_file() and not checkpoint.is_file():
         raise InputError(f"{folder}: neither results.json nor checkpoints/last.ckpt is there; this is not a run folder")
-    found: dict[str, Any] = {"run": str(folder), "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())}
+    found: dict[str, Any] = {
+        "run": str(folder),
+        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
+    }
     if results.is_file():
         found["results"] = json.loads(results.read_text())
     if checkpoint.is_file():
@@ -69,12 +79,11 @@ def _describe_run(folder: Path) -> dict[str, Any]:
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = {name: _statistics(value) for name, value in content["state_dict"].items()}
-    except Exception as error:  # torch raises many kinds for damaged or foreign files
-        raise InputError(f"{path}: not a checkpoint that holds tensors and plain values only ({error})") from error
-    return {"bytes": path.stat().st_size, "step": content["global_step"], "tensors": tensors} | content.get("adaptive_merge", {})
+    content = read_checkpoint(path)
+    tensors = {name: _statistics(value) for name, value in content["state_dict"].items()}
+    return {"bytes": path.stat().st_size, "step": content["global_step"], "tensors": tensors} | content[
+        "adaptive_merge"
+    ]
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:

@@ -114,7 +114,9 @@ class MergedBackbone(nn.Module):
         InputError: the bank's parameters or buffers are not the backbone's.
     """
 
-    def __init__(self, backbone: nn.Module, task_vectors: TaskVectors, coefficients: Coefficients | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, task_vectors: TaskVectors, coefficients: Coefficients | None = None
+    ) -> None:
         super().__init__()
         _check_fit(backbone, task_vectors)
         self.coefficients = (coefficients or Fixed(0.3)).bind(task_vectors)
@@ -160,10 +162,14 @@ class MergedBackbone(nn.Module):
         if images.dtype != torch.uint8:
             return images
         if getattr(self.skeleton, "image_mean", None) is None:
-            raise InputError("uint8 images need `backbone.image_mean` and `backbone.image_std`; set them, "
-                             "or feed images that are already normalised floats")
-        mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1)
-                     for value in (self.skeleton.image_mean, self.skeleton.image_std))
+            raise InputError(
+                "uint8 images need `backbone.image_mean` and `backbone.image_std`; set them, "
+                "or feed images that are already normalised floats"
+            )
+        mean, std = (
+            torch.tensor(value, device=images.device).view(-1, 1, 1)
+            for value in (self.skeleton.image_mean, self.skeleton.image_std)
+        )
         return images.float().div_(255).sub_(mean).div_(std)
 
     def merged_state_dict(self) -> dict[str, Tensor]:
@@ -200,7 +206,9 @@ def _check_fit(backbone: nn.Module, task_vectors: TaskVectors) -> None:
         raise InputError(f"the task vectors' parameter {name!r} is not in the backbone{did_you_mean(name, shapes)}")
     for name, shape in shapes.items():
         if known[name] != shape:
-            raise InputError(f"parameter {name!r} has shape {known[name]} in the task vectors and {shape} in the backbone")
+            raise InputError(
+                f"parameter {name!r} has shape {known[name]} in the task vectors and {shape} in the backbone"
+            )
     unknown = task_vectors.buffers.keys() - dict(backbone.named_buffers()).keys()
     for name in unknown:
         raise InputError(f"the buffer {name!r} of the task vectors is not in the backbone")

@@ -68,7 +68,9 @@ def check_heads(heads: Mapping[str, Tensor], tasks: tuple[str, ...], width: int 
         head = heads[task]
         width = head.shape[-1] if width is None else width
         if head.dim() != 2 or head.shape[1] != width:
-            raise InputError(f"the head of task {task!r} has shape {tuple(head.shape)}, expected [classes, {width}]: "
-                             f"the backbone gives {width} features; build the head with this model's text tower")
+            raise InputError(
+                f"the head of task {task!r} has shape {tuple(head.shape)}, expected [classes, {width}]: "
+                f"the backbone gives {width} features; build the head with this model's text tower"
+            )
         if not torch.isfinite(head).all():
             raise InputError(f"the head of task {task!r} holds NaN or infinite values; build it again")

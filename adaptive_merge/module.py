@@ -15,7 +15,7 @@ from adaptive_merge.coefficients import Coefficients, Fixed
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge import MergedBackbone
 from adaptive_merge.model import AdaptedModel
-from adaptive_merge.objectives import Entropy, Objective, Prediction, normalised_entropy
+from adaptive_merge.objectives import Entropy, Objective, normalised_entropy
 from adaptive_merge.task_vectors import TaskVectors
 from adaptive_merge.transforms import Transform
 
@@ -128,8 +128,10 @@ class AdaptiveMerge(pl.LightningModule):
         """What learns; InputError where nothing does."""
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not learning:
-            raise InputError(f"recipe {self.recipe!r} has nothing to learn: its coefficients are fixed; "
-                             "set trainer.max_steps to 0 to score it, or use `merge`")
+            raise InputError(
+                f"recipe {self.recipe!r} has nothing to learn: its coefficients are fixed; "
+                "set trainer.max_steps to 0 to score it, or use `merge`"
+            )
         return learning
 
     def merged_state_dict(self) -> dict[str, Tensor]:
@@ -154,8 +156,10 @@ class AdaptiveMerge(pl.LightningModule):
         found = checkpoint.get("adaptive_merge", {})
         for key, wanted in self._identity().items():
             if found.get(key) != wanted:
-                raise InputError(f"the checkpoint was written with another {key}: {found.get(key)!r}, this run has {wanted!r}; "
-                                 "resume with the configuration that it was written with")
+                raise InputError(
+                    f"the checkpoint was written with another {key}: {found.get(key)!r}, this run has {wanted!r}; "
+                    "resume with the configuration that it was written with"
+                )
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -209,16 +213,22 @@ class AdaptiveMerge(pl.LightningModule):
         backbone = self.model.backbone
         makers: dict[View, Callable[[], dict[str, Tensor]]] = {
             "pretrained": lambda: backbone.merge_with(torch.zeros_like(self.initial)),
-            "individual": lambda: {name: value.to(self.device) for name, value in self.experts.expert(task).items()
-                                   if name in self.experts.names},
+            "individual": lambda: {
+                name: value.to(self.device)
+                for name, value in self.experts.expert(task).items()
+                if name in self.experts.names
+            },
             "initial": lambda: backbone.merge_with(self.initial),
             "adapted": backbone.merge,
         }
         return makers[self.view]()
 
     def _accuracies(self) -> dict[str, Tensor]:
-        values = {f"{self.view}/{task}/accuracy": metric.compute() for task, metric in zip(self.tasks, self.accuracy)
-                  if metric.update_count}
+        values = {
+            f"{self.view}/{task}/accuracy": metric.compute()
+            for task, metric in zip(self.tasks, self.accuracy)
+            if metric.update_count
+        }
         for metric in self.accuracy:
             metric.reset()
         if values:

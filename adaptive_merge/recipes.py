@@ -34,8 +34,13 @@ def TaskArithmetic(task_vectors: TaskVectors, backbone: nn.Module, heads: Heads,
 
 
 def TiesMerging(
-    task_vectors: TaskVectors, backbone: nn.Module, heads: Heads, scale: float = 0.3,
-    density: float = 0.2, counted_over: int | None = None, reduce: Literal["sum", "mean"] = "sum",
+    task_vectors: TaskVectors,
+    backbone: nn.Module,
+    heads: Heads,
+    scale: float = 0.3,
+    density: float = 0.2,
+    counted_over: int | None = None,
+    reduce: Literal["sum", "mean"] = "sum",
 ) -> AdaptiveMerge:
     """Trim, elect a sign, merge what agrees (Yadav et al., NeurIPS 2023); arguments as for `Ties`."""
     transforms = (Ties(density, counted_over, reduce),)
@@ -43,8 +48,13 @@ def TiesMerging(
 
 
 def AdaMerging(
-    task_vectors: TaskVectors, backbone: nn.Module, heads: Heads, granularity: Granularity = "layer",
-    init: float = 0.3, bounds: Bounds = "clamp", **settings: Any,
+    task_vectors: TaskVectors,
+    backbone: nn.Module,
+    heads: Heads,
+    granularity: Granularity = "layer",
+    init: float = 0.3,
+    bounds: Bounds = "clamp",
+    **settings: Any,
 ) -> AdaptiveMerge:
     """Learn the coefficients by entropy minimisation (Yang et al., ICLR 2024).
 
@@ -61,8 +71,15 @@ def AdaMerging(
 
 
 def AdaMergingPP(
-    task_vectors: TaskVectors, backbone: nn.Module, heads: Heads, granularity: Granularity = "layer",
-    init: float = 0.3, bounds: Bounds = "clamp", density: float = 0.2, counted_over: int | None = None, **settings: Any,
+    task_vectors: TaskVectors,
+    backbone: nn.Module,
+    heads: Heads,
+    granularity: Granularity = "layer",
+    init: float = 0.3,
+    bounds: Bounds = "clamp",
+    density: float = 0.2,
+    counted_over: int | None = None,
+    **settings: Any,
 ) -> AdaptiveMerge:
     """AdaMerging++: AdaMerging over TIES task vectors; arguments as for `AdaMerging` and `Ties`."""
     settings = {"recipe": f"adamerging_pp_{granularity}", "transforms": (Ties(density, counted_over),)} | settings

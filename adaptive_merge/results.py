@@ -20,7 +20,9 @@ SCHEMA = 1
 _PACKAGES = ("adaptive_merge", "torch", "torchvision", "pytorch-lightning", "open_clip_torch", "torchmetrics")
 
 
-def score(trainer: pl.Trainer, module: AdaptiveMerge, datamodule: pl.LightningDataModule) -> dict[str, dict[str, float]]:
+def score(
+    trainer: pl.Trainer, module: AdaptiveMerge, datamodule: pl.LightningDataModule
+) -> dict[str, dict[str, float]]:
     """View → task → top-1 accuracy in [0, 1] on the labelled images, for all four views of a module.
 
     `"pretrained"` is θ₀, `"individual"` each expert on its own task, `"initial"` the merge before adaptation,

@@ -248,7 +248,9 @@ class TaskVectors:
             bank = cls(tuple(header["tasks"]), layout, tensors["pretrained"], tensors["vectors"], buffers)
             intact = bank.fingerprint == header["fingerprint"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a bank of task vectors ({error}); write one with TaskVectors.save") from error
+            raise InputError(
+                f"{path}: not a bank of task vectors ({error}); write one with TaskVectors.save"
+            ) from error
         if not intact:
             raise InputError(f"{path}: the content does not match its own sha256; the file is damaged, copy it again")
         return bank
@@ -266,7 +268,9 @@ def _merge_buffer(name: str, values: Sequence[Tensor], experts: Iterable[str]) -
         return values[0].clone()
     if not values[0].is_floating_point():
         odd = next(task for task, value in zip(experts, values) if not torch.equal(values[0], value))
-        raise InputError(f"expert {odd!r}: the integer buffer {name!r} differs from the other experts'; it cannot be merged")
+        raise InputError(
+            f"expert {odd!r}: the integer buffer {name!r} differs from the other experts'; it cannot be merged"
+        )
     return torch.stack([value.float() for value in values]).mean(0)
 
 
@@ -279,14 +283,20 @@ def _check_finite(owner: str, tensors: Mapping[str, Tensor]) -> None:
 def _check_expert(task: str, expert: Mapping[str, Tensor], pretrained: Mapping[str, Tensor]) -> None:
     owner = f"expert {task!r}"
     for missing in (name for name in pretrained if name not in expert):
-        raise InputError(f"{owner}: tensor {missing!r} is missing{did_you_mean(missing, expert)}; "
-                         "was it fine-tuned from this pre-trained model?")
+        raise InputError(
+            f"{owner}: tensor {missing!r} is missing{did_you_mean(missing, expert)}; "
+            "was it fine-tuned from this pre-trained model?"
+        )
     for extra in (name for name in expert if name not in pretrained):
-        raise InputError(f"{owner}: tensor {extra!r} is not in the pre-trained model; remove it, or give the "
-                         "pre-trained model that this expert comes from")
+        raise InputError(
+            f"{owner}: tensor {extra!r} is not in the pre-trained model; remove it, or give the "
+            "pre-trained model that this expert comes from"
+        )
     for name, tensor in pretrained.items():
         found, wanted = tuple(expert[name].shape), tuple(tensor.shape)
         if found != wanted:
             transposed = "; it looks transposed" if found == wanted[::-1] else ""
-            raise InputError(f"{owner}: tensor {name!r} has shape {found}, the pre-trained model has {wanted}{transposed}")
+            raise InputError(
+                f"{owner}: tensor {name!r} has shape {found}, the pre-trained model has {wanted}{transposed}"
+            )
     _check_finite(owner, {name: value for name, value in expert.items() if value.is_floating_point()})

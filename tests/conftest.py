@@ -60,7 +60,10 @@ def bank(toy, experts) -> am.TaskVectors:
 @pytest.fixture
 def heads() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {task: 16 * nn.functional.normalize(torch.randn(classes, 6, generator=generator), dim=-1) for task, classes in TASKS.items()}
+    return {
+        task: 16 * nn.functional.normalize(torch.randn(classes, 6, generator=generator), dim=-1)
+        for task, classes in TASKS.items()
+    }
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ def merge(pretrained, vectors, coefficients):
     """θ₀ + Σₜ clamp(λ_{l,t}) τ_{t,l} with one graph node per product, as published; Λ is [T, L] or [T, 1]."""
     columns = range(len(pretrained)) if coefficients.shape[1] > 1 else [0] * len(pretrained)
     return {
-        name: pretrained[name] + sum(coefficients[t, column].clamp(0, 1) * vector[name] for t, vector in enumerate(vectors))
+        name: pretrained[name]
+        + sum(coefficients[t, column].clamp(0, 1) * vector[name] for t, vector in enumerate(vectors))
         for name, column in zip(pretrained, columns)
     }
 

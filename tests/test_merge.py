@@ -91,7 +91,9 @@ def test_buffers_travel_and_uint8_images_are_normalised(toy, bank):
     merged = am.MergedBackbone(toy, bank)
     torch.testing.assert_close(merged(images), merged((images / 255 - 0.5) / 0.25))
     norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
-    buffered = am.TaskVectors.from_state_dicts(norm.state_dict(), {"a": norm.state_dict()}, buffers=dict(norm.named_buffers()))
+    buffered = am.TaskVectors.from_state_dicts(
+        norm.state_dict(), {"a": norm.state_dict()}, buffers=dict(norm.named_buffers())
+    )
     x = torch.randn(4, 3)
     torch.testing.assert_close(am.MergedBackbone(norm, buffered)(x), norm(x))
     assert am.MergedBackbone(norm, buffered).merged_state_dict().keys() == norm.state_dict().keys()

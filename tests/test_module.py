@@ -25,8 +25,15 @@ class Trajectory(pl.Callback):
 
 def fit(module, images, steps=STEPS, **trainer):
     trajectory = Trajectory()
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", num_sanity_val_steps=0, callbacks=[trajectory], **settings | trainer)
+    settings = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", num_sanity_val_steps=0, callbacks=[trajectory], **settings | trainer
+    )
     trainer.fit(module, datamodule=am.TaskStream(images, images_per_task=8))
     return torch.stack(trajectory.values)
 
@@ -39,7 +46,9 @@ def test_trajectory_equals_the_published_loop(toy, bank, heads, images, name, ac
     vectors = reference.ties(bank.vectors) if name.endswith("++") else bank.vectors
 
     def stream(step):
-        return {task: source.take(torch.from_numpy(draw(len(source), 8, 0, task, step))) for task, source in images.items()}
+        return {
+            task: source.take(torch.from_numpy(draw(len(source), 8, 0, task, step))) for task, source in images.items()
+        }
 
     expected = reference.adamerging(
         toy,
@@ -73,9 +82,18 @@ def test_views_score_the_models_they_name(toy, bank, heads, images, experts):
 
     def accuracy(state, task):
         everything = images[task].take(torch.arange(len(images[task])))
-        return (reference.logits_of(toy, state, everything, heads[task]).argmax(1) == images[task].labels).float().mean().item()
+        return (
+            (reference.logits_of(toy, state, everything, heads[task]).argmax(1) == images[task].labels)
+            .float()
+            .mean()
+            .item()
+        )
 
-    start = reference.merge(bank.layout.unflatten(bank.pretrained), [bank.layout.unflatten(v) for v in bank.vectors], torch.full((3, 1), 0.3))
+    start = reference.merge(
+        bank.layout.unflatten(bank.pretrained),
+        [bank.layout.unflatten(v) for v in bank.vectors],
+        torch.full((3, 1), 0.3),
+    )
     for task in images:
         assert scores["pretrained"][task] == pytest.approx(accuracy(toy.state_dict(), task))
         assert scores["individual"][task] == pytest.approx(accuracy(experts[task], task))
@@ -86,7 +104,14 @@ def test_views_score_the_models_they_name(toy, bank, heads, images, experts):
 def test_checkpoint_is_small_resumes_and_knows_its_experts(toy, bank, heads, images, tmp_path):
     whole = fit(am.AdaMerging(bank, toy, heads), images)
     module = am.AdaMerging(bank, toy, heads)
-    trainer = pl.Trainer(max_steps=7, accelerator="cpu", logger=False, enable_progress_bar=False, num_sanity_val_steps=0, default_root_dir=tmp_path)
+    trainer = pl.Trainer(
+        max_steps=7,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
     trainer.fit(module, datamodule=am.TaskStream(images, images_per_task=8))
     path = tmp_path / "last.ckpt"
     trainer.save_checkpoint(path)
@@ -94,8 +119,13 @@ def test_checkpoint_is_small_resumes_and_knows_its_experts(toy, bank, heads, ima
 
     resumed, trajectory = am.AdaMerging(bank, toy, heads), Trajectory()
     again = pl.Trainer(
-        max_steps=STEPS, accelerator="cpu", logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
-        callbacks=[trajectory], default_root_dir=tmp_path,
+        max_steps=STEPS,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        callbacks=[trajectory],
+        default_root_dir=tmp_path,
     )
     again.fit(resumed, datamodule=am.TaskStream(images, images_per_task=8), ckpt_path=path)
     assert torch.equal(torch.stack(trajectory.values), whole[7:])

@@ -55,7 +55,11 @@ def test_shuffled_schedule_gives_one_task_a_step(images):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"images_per_task": 0}, "at least one image"), ({"sampling": "random"}, "unknown sampling"), ({"schedule": "x"}, "unknown schedule")],
+    [
+        ({"images_per_task": 0}, "at least one image"),
+        ({"sampling": "random"}, "unknown sampling"),
+        ({"schedule": "x"}, "unknown schedule"),
+    ],
 )
 def test_bad_settings(images, settings, message):
     with pytest.raises(am.InputError, match=message):

@@ -75,7 +75,12 @@ def _nan(state):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_without, "'proj' is missing"), (_extra, "'surplus' is not in"), (_transposed, "transposed"), (_nan, "'stem.bias' holds NaN")],
+    [
+        (_without, "'proj' is missing"),
+        (_extra, "'surplus' is not in"),
+        (_transposed, "transposed"),
+        (_nan, "'stem.bias' holds NaN"),
+    ],
 )
 def test_bad_experts_are_named(toy, experts, damage, message):
     damage(experts["green"])
@@ -95,7 +100,12 @@ def test_buffers_must_agree_or_are_averaged(toy):
 
 
 def test_blocks_are_the_largest_numbered_family():
-    names = ("conv1.0.weight", "conv1.2.weight", *(f"transformer.resblocks.{i}.{p}" for i in (0, 1, 10) for p in "ab"), "proj")
+    names = (
+        "conv1.0.weight",
+        "conv1.2.weight",
+        *(f"transformer.resblocks.{i}.{p}" for i in (0, 1, 10) for p in "ab"),
+        "proj",
+    )
     layout = Layout(names, ((1,),) * len(names))
     expected = [None, None] + [f"transformer.resblocks.{i}" for i in (0, 0, 1, 1, 10, 10)] + [None]
     assert list(layout.blocks) == expected

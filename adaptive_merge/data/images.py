@@ -24,7 +24,9 @@ class Images:
 
     def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str]) -> None:
         if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4):
-            raise InputError(f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {tuple(pixels.shape)}")
+            raise InputError(
+                f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {tuple(pixels.shape)}"
+            )
         if len(pixels) == 0:
             raise InputError("the data set is empty: there is no image to adapt on")
         if len(labels) != len(pixels):

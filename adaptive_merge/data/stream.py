@@ -48,9 +48,14 @@ class TaskStream(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if images_per_task < 1 or eval_batch_size < 1:
-            raise InputError(f"batches need at least one image, got images_per_task={images_per_task} and "
-                             f"eval_batch_size={eval_batch_size}")
-        for name, value, known in (("sampling", sampling, ("fresh", "epoch")), ("schedule", schedule, ("joint", "shuffled"))):
+            raise InputError(
+                f"batches need at least one image, got images_per_task={images_per_task} and "
+                f"eval_batch_size={eval_batch_size}"
+            )
+        for name, value, known in (
+            ("sampling", sampling, ("fresh", "epoch")),
+            ("schedule", schedule, ("joint", "shuffled")),
+        ):
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}; choose {' or '.join(map(repr, known))}")
         self.images = dict(images)
@@ -61,8 +66,10 @@ class TaskStream(pl.LightningDataModule):
         """Unlabelled steps without end, from the step that the trainer has reached."""
         rank, world = self._share()
         if self.images_per_task % world:
-            raise InputError(f"images_per_task={self.images_per_task} cannot be shared evenly by {world} processes; "
-                             f"choose a multiple of {world}")
+            raise InputError(
+                f"images_per_task={self.images_per_task} cannot be shared evenly by {world} processes; "
+                f"choose a multiple of {world}"
+            )
         steps = _Steps(self.images, self.images_per_task, self.sampling, self.schedule, self.seed, rank, world)
         return DataLoader(steps, batch_size=None, sampler=StepSampler(self._steps_taken), num_workers=self.num_workers)
 
@@ -85,8 +92,16 @@ class TaskStream(pl.LightningDataModule):
 class _Steps(Dataset):
     """Step → batches; holds no labels."""
 
-    def __init__(self, images: Mapping[str, Images], batch: int, sampling: Sampling, schedule: Schedule,
-                 seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        images: Mapping[str, Images],
+        batch: int,
+        sampling: Sampling,
+        schedule: Schedule,
+        seed: int,
+        rank: int,
+        world: int,
+    ) -> None:
         self.take = {task: source.take for task, source in images.items()}
         self.sizes = {task: len(source) for task, source in images.items()}
         self.batch, self.sampling, self.schedule, self.seed = batch, sampling, schedule, seed

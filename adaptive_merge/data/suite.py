@@ -50,9 +50,7 @@ class Suite:
         return TaskStream(self.images)
 
 
-def load_suite(
-    name: str = "embedded", tasks: list[str] | None = None, split: Literal["test", "val"] = "test"
-) -> Suite:
+def load_suite(name: str = "embedded", tasks: list[str] | None = None, split: Literal["test", "val"] = "test") -> Suite:
     """Load a suite: `"embedded"`, which ships with the package, or the path of a folder laid out like it.
 
     Args:
@@ -82,7 +80,9 @@ def load_suite(
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     images = {task: _read_images(folder, task, split, manifest) for task in chosen}
-    return Suite(manifest["name"], bank, backbone, {task: _head(folder, heads, task, known[task]) for task in chosen}, images)
+    return Suite(
+        manifest["name"], bank, backbone, {task: _head(folder, heads, task, known[task]) for task in chosen}, images
+    )
 
 
 class _Experts(Mapping[str, dict[str, Tensor]]):
@@ -104,7 +104,9 @@ class _Experts(Mapping[str, dict[str, Tensor]]):
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "suite.json"
     if not path.is_file():
-        raise MissingFileError(f"{path}: there is no such file; a suite is 'embedded' or a folder that holds suite.json")
+        raise MissingFileError(
+            f"{path}: there is no such file; a suite is 'embedded' or a folder that holds suite.json"
+        )
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -135,7 +137,9 @@ def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) 
     with np.load(path, allow_pickle=False) as arrays:
         missing = {f"{split}_images", f"{split}_labels"} - set(arrays.files)
         if missing:
-            raise InputError(f"{path}: there is no array {sorted(missing)[0]!r}; the split {split!r} is not in this suite")
+            raise InputError(
+                f"{path}: there is no array {sorted(missing)[0]!r}; the split {split!r} is not in this suite"
+            )
         pixels, labels = (torch.from_numpy(arrays[f"{split}_{kind}"]) for kind in ("images", "labels"))
     try:
         return Images(pixels, labels, manifest["tasks"][task]["classes"])
@@ -148,6 +152,8 @@ def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, An
     if head is None:
         raise InputError(f"{folder / 'heads.safetensors'}: there is no head {task + '.weight'!r}")
     if len(head) != len(entry["classes"]):
-        raise InputError(f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "
-                         f"{len(entry['classes'])}")
+        raise InputError(
+            f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "
+            f"{len(entry['classes'])}"
+        )
     return head

@@ -30,7 +30,9 @@ class Ties(Transform):
             keep it, so that equal coefficients of 1 give the disjoint mean.
     """
 
-    def __init__(self, density: float = 0.2, counted_over: int | None = None, reduce: Literal["sum", "mean"] = "sum") -> None:
+    def __init__(
+        self, density: float = 0.2, counted_over: int | None = None, reduce: Literal["sum", "mean"] = "sum"
+    ) -> None:
         if not 0 < density <= 1:
             raise InputError(f"TIES keeps a share of the entries in (0, 1], got density {density}")
         if reduce not in ("sum", "mean"):

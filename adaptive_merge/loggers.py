@@ -1,0 +1,49 @@
+"""The CSV log that every run has; a resumed run goes on with the rows that it had."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
+
+__all__ = ["RunLog"]
+
+
+class RunLog(CSVLogger):
+    """`metrics.csv` straight in the run folder.
+
+    Lightning's logger deletes the file that it finds. Here the rows before `resumed_at` stay; later ones, which
+    the interrupted run logged after its last checkpoint, are logged again.
+
+    Args:
+        folder: the run folder.
+        resumed_at: step of the checkpoint that the run goes on from; 0 for a new run.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int = 0) -> None:
+        super().__init__(folder.parent, name=folder.name, version="")
+        self._resumed_at = resumed_at
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer, which starts with the rows that are kept."""
+        if self._experiment is None:
+            rows = self._rows_before()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+                self._experiment = super().experiment
+            self._experiment.metrics = rows
+        return self._experiment
+
+    def _rows_before(self) -> list[dict[str, str]]:
+        path = Path(self.log_dir) / "metrics.csv"
+        if not self._resumed_at or not path.is_file():
+            return []
+        with path.open(newline="") as file:
+            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+        return [row for row in rows if int(row["step"]) < self._resumed_at]

@@ -1,0 +1,275 @@
+"""What an adaptation step costs, against the floor and against the step as the published loops take it.
+
+In one process, alternating round by round:
+  (a) floor: forward and backward of the same images through the same tower with plain weights;
+  (b) ours: one step of `AdaptiveMerge`, Adam included;
+  (c) naive: a fresh merge for every task with λ·τ graph nodes, one backward through all of them, as published.
+
+    python scripts/benchmark.py                          # embedded encoder, then ViT-B/32, T = 2, 4, 8
+    python scripts/benchmark.py --model vit_b_32 --tasks 8 --images 1 16 --json bench.json
+
+Peak memory is taken in a process of its own per contender, because a process never gives its peak back. Times
+are CPU seconds of one thread, or event times on CUDA; read the ratios, not the seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import adaptive_merge as am
+from adaptive_merge.merge import combine, project
+from adaptive_merge.models.embedded import build_encoder
+from adaptive_merge.objectives import entropy
+from adaptive_merge.task_vectors import Layout
+
+CLASSES = (397, 196, 45, 10, 10, 43, 10, 47)  # of the eight CLIP tasks
+MODELS = {"embedded": (32, 128), "vit_b_32": (224, 512)}
+CONTENDERS = ("floor", "ours", "naive")
+
+
+def build(model: str) -> nn.Module:
+    """The tower with random weights."""
+    torch.manual_seed(0)
+    return build_encoder() if model == "embedded" else open_clip.create_model("ViT-B-32").visual
+
+
+def workload(model: str, tasks: int, images: int, device: str, with_bank: bool = True):
+    """Backbone, bank of synthetic experts (θ₀ + N(0, 1e-3)), heads, and one batch per task."""
+    size, width = MODELS[model]
+    backbone = build(model).to(device)
+    names = [f"task{index}" for index in range(tasks)]
+    bank = synthetic_bank(backbone, names) if with_bank else None
+    heads = {
+        name: 100 * F.normalize(torch.randn(CLASSES[i % 8], width, device=device), dim=-1)
+        for i, name in enumerate(names)
+    }
+    batch = {name: {"image": torch.randn(images, 3, size, size, device=device)} for name in names}
+    return backbone, bank, heads, batch
+
+
+def synthetic_bank(backbone: nn.Module, names: list[str]) -> am.TaskVectors:
+    state = {name: value.detach() for name, value in backbone.named_parameters()}
+    layout = Layout(tuple(state), tuple(tuple(value.shape) for value in state.values()))
+    base = torch.cat([value.flatten() for value in state.values()])
+    vectors = base.new_empty(len(names), layout.numel).normal_(0, 1e-3)
+    return am.TaskVectors(names, layout, base, vectors, {})
+
+
+def loss_of(features: Tensor, head: Tensor) -> Tensor:
+    return entropy(F.normalize(features.float(), dim=-1) @ head.T).mean()
+
+
+def floor(backbone, bank, heads, batch) -> Callable[[], None]:
+    """Forward and backward with plain weights, task by task (as one batch on CUDA)."""
+    joint = next(backbone.parameters()).is_cuda
+
+    def step() -> None:
+        backbone.zero_grad()
+        if joint:
+            features = backbone(torch.cat([part["image"] for part in batch.values()])).split(
+                [len(p["image"]) for p in batch.values()]
+            )
+            torch.stack([loss_of(part, heads[task]) for task, part in zip(batch, features)]).sum().backward()
+        else:
+            for task, part in batch.items():
+                loss_of(backbone(part["image"]), heads[task]).backward()
+
+    return step
+
+
+def ours(backbone, bank, heads, batch) -> Callable[[], None]:
+    """One step of the trainer's module, without the trainer around it."""
+    module = am.AdaMerging(bank, backbone, heads).to(bank.device)
+    module.log = module.log_dict = lambda *_, **__: None
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+
+    return step
+
+
+def naive_merge(bank, coefficients: Tensor) -> dict[str, Tensor]:
+    """One graph node per product λ·τ."""
+    vectors = [bank.layout.unflatten(vector) for vector in bank.vectors]
+    bounded = coefficients.clamp(0, 1)
+    return {
+        name: value + sum(bounded[t, index] * vector[name] for t, vector in enumerate(vectors))
+        for index, (name, value) in enumerate(bank.layout.unflatten(bank.pretrained).items())
+    }
+
+
+def naive(backbone, bank, heads, batch) -> Callable[[], None]:
+    """The published step: a merge per task, all graphs alive until one backward."""
+    coefficients = torch.full((len(bank.tasks), len(bank.names)), 0.3, device=bank.device, requires_grad=True)
+    optimizer = torch.optim.Adam([coefficients], lr=1e-3)
+
+    def step() -> None:
+        loss = 0.0
+        for task, part in batch.items():
+            loss = loss + loss_of(
+                functional_call(backbone, naive_merge(bank, coefficients), (part["image"],)), heads[task]
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    start = clock(device)
+    step()
+    return clock(device) - start
+
+
+def time_steps(
+    model: str, tasks: int, images: int, device: str, rounds: int, contenders: tuple[str, ...]
+) -> dict[str, float]:
+    """Median seconds per step of each contender, and of our merge and λ-gradient against the naive ones."""
+    rounds *= 5 if model == "embedded" else 1  # short steps are noisier
+    parts = workload(model, tasks, images, device)
+    _, bank, _, _ = parts
+    steps = {name: globals()[name](*parts) for name in contenders}
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(timed(step, device))
+    found = {name: statistics.median(values) for name, values in times.items()}
+    if "naive" in contenders:
+        found |= {name: statistics.median(timed(step, device) for _ in range(rounds)) for name, step in merges(bank)}
+    if "ours" in contenders and device == "cpu":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            steps["ours"]()
+            found["ours bf16"] = statistics.median(timed(steps["ours"], device) for _ in range(rounds))
+    return found
+
+
+def merges(bank) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Merge and λ-gradient alone: ours once a step, the naive pair once a task and step."""
+    groups, coefficients = (
+        range(len(bank.names)),
+        torch.full((len(bank.tasks), len(bank.names)), 0.3, device=bank.device),
+    )
+    gradients = [torch.ones(shape, device=bank.device) for shape in bank.layout.shapes]
+    yield "merge", lambda: combine(bank, coefficients, groups)
+    yield "gradient", lambda: project(bank, gradients, groups, len(groups))
+    leaf = coefficients.clone().requires_grad_()
+
+    def merge_and_back() -> None:
+        for _ in bank.tasks:
+            torch.autograd.grad(list(naive_merge(bank, leaf).values()), leaf, gradients)
+
+    yield "naive merge + gradient", merge_and_back
+
+
+def peak_of(contender: str, model: str, tasks: int, images: int, device: str, report) -> None:
+    torch.set_num_threads(1)
+    # The floor has plain weights and no bank.
+    parts = workload(model, tasks, images, device, with_bank=contender != "floor")
+    step = globals()[contender](*parts)
+    for _ in range(2):
+        step()
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    report.send(peak)
+
+
+def peak(contender: str, *setting) -> int | None:
+    """Bytes at the peak of two steps in a fresh process; None where it did not survive."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=peak_of, args=(contender, *setting, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+    finally:
+        process.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, nargs="*", default=list(MODELS))
+    parser.add_argument("--tasks", type=int, nargs="*", default=[2, 4, 8])
+    parser.add_argument("--images", type=int, nargs="*", default=[16], help="images per task and step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--without", choices=CONTENDERS, nargs="*", default=[], help="contenders to leave out")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    contenders = tuple(name for name in CONTENDERS if name not in options.without)
+    rows = []
+    for model in options.model:
+        for tasks in options.tasks:
+            for images in options.images:
+                setting = (model, tasks, images, options.device)
+                row = {"model": model, "tasks": tasks, "images": images, "device": options.device}
+                row["seconds"] = time_steps(*setting, options.rounds, contenders)
+                if not options.no_memory:
+                    row["peak_bytes"] = {name: peak(name, *setting) for name in contenders}
+                row["ratios"] = ratios(row)
+                rows.append(row)
+                show(row)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"torch": torch.__version__, "rows": rows}, file, indent=2)
+
+
+def ratios(row: dict) -> dict[str, float]:
+    seconds, found = row["seconds"], {}
+    if {"floor", "ours"} <= seconds.keys():
+        found["ours / floor"] = seconds["ours"] / seconds["floor"]
+    if {"ours", "naive"} <= seconds.keys():
+        found["naive / ours"] = seconds["naive"] / seconds["ours"]
+        found["naive merge / ours"] = seconds["naive merge + gradient"] / (seconds["merge"] + seconds["gradient"])
+    if "ours bf16" in seconds:
+        found["bf16 / fp32"] = seconds["ours bf16"] / seconds["ours"]
+    return found
+
+
+def show(row: dict) -> None:
+    figures = [f"{name} {value:.4g} s" for name, value in row["seconds"].items()]
+    figures += [
+        f"{name} peak {value / 2**30:.2f} GiB" if value else f"{name} did not survive"
+        for name, value in row.get("peak_bytes", {}).items()
+    ]
+    figures += [f"{name} = {value:.2f}" for name, value in row["ratios"].items()]
+    print(f"{row['model']}, T = {row['tasks']}, {row['images']} images a task, {row['device']}:")
+    print("  " + "\n  ".join(figures))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
