@@ -95,7 +95,7 @@ class AdaptiveMergeCLI(LightningCLI):
             "--run.if_exists",
             type=Literal["refuse", "resume", "overwrite"],
             default="refuse",
-            help="what to do with a run folder that holds a run: nothing, go on from its last checkpoint, or replace it",
+            help="what to do with a folder that holds a run: nothing, go on from its last checkpoint, or replace it",
         )
 
     @property

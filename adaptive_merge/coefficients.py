@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -49,6 +50,7 @@ class Coefficients(nn.Module, ABC):
         self.tasks: tuple[str, ...] = ()
         self.groups: tuple[str, ...] = ()
         self.group_of: tuple[int, ...] = ()
+        self._fingerprint: tuple[int, str] | None = None
 
     def bind(self, task_vectors: TaskVectors) -> Coefficients:
         """Size the coefficients for a bank and set them to their start values. Returns itself."""
@@ -78,6 +80,14 @@ class Coefficients(nn.Module, ABC):
         """Clip the stored values to [0, 1] where `bounds="project"`; call after each optimiser step."""
         if self.bounds == "project":
             self.values.clamp_(0, 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the values as they are now."""
+        if self._fingerprint is None or self._fingerprint[0] != self.values._version:
+            digest = hashlib.sha256(self.values.detach().cpu().numpy().tobytes()).hexdigest()
+            self._fingerprint = (self.values._version, digest)
+        return self._fingerprint[1]
 
     def table(self) -> dict[str, dict[str, float]]:
         """task → group → λ, for people and files."""

@@ -9,7 +9,8 @@ allocate P zeros).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -149,14 +150,36 @@ class MergedBackbone(nn.Module):
         bound = self.coefficients
         return project(self.task_vectors, gradients, bound.group_of, len(bound.groups))
 
-    def forward(self, images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Features [B, d] of `images` [B, …], with `parameters` (default: `merge()`) in evaluation mode.
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the tower's repeated blocks, such as `transformer.resblocks.0`, in order."""
+        return tuple(dict.fromkeys(block for block in self.task_vectors.layout.blocks if block))
+
+    def block_width(self) -> int:
+        """Channels of a block's output: those of its first norm or bias, which every transformer block starts with."""
+        layout = self.task_vectors.layout
+        first = next(shape for shape, block in zip(layout.shapes, layout.blocks) if block and len(shape) == 1)
+        return first[0]
+
+    def forward(
+        self,
+        images: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """Features [B, d] of `images` [B, …] in evaluation mode.
 
         Images in uint8 are scaled and normalised here, on the device, by the `image_mean` and `image_std`
         that the backbone carries, as open_clip's towers do.
+
+        Args:
+            images: a batch.
+            parameters: the weights to use; default: `merge()`.
+            edits: module name → function that replaces the module's output.
         """
         weights = dict(self.merge() if parameters is None else parameters) | self.constants
-        return torch.func.functional_call(self.skeleton, weights, (self._normalise(images),), strict=True)
+        with _hooked(self.skeleton, edits or {}):
+            return torch.func.functional_call(self.skeleton, weights, (self._normalise(images),), strict=True)
 
     def _normalise(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
@@ -187,6 +210,20 @@ class MergedBackbone(nn.Module):
         return self
 
 
+@contextmanager
+def _hooked(module: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the outputs of named submodules while the context lasts."""
+    handles = [
+        module.get_submodule(name).register_forward_hook(lambda _, __, output, edit=edit: edit(output))
+        for name, edit in edits.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _without_weights(backbone: nn.Module) -> nn.Module:
     """A copy of the structure on the meta device: `deepcopy` takes each tensor's stand-in from the memo."""
     memo: dict[int, Any] = {}
@@ -200,15 +237,15 @@ def _without_weights(backbone: nn.Module) -> nn.Module:
 def _check_fit(backbone: nn.Module, task_vectors: TaskVectors) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in backbone.named_parameters()}
     known = dict(zip(task_vectors.names, task_vectors.layout.shapes))
-    for name in shapes.keys() - known.keys():
+    for name in (name for name in shapes if name not in known):
         raise InputError(f"the backbone's parameter {name!r} is not in the task vectors{did_you_mean(name, known)}")
-    for name in known.keys() - shapes.keys():
+    for name in (name for name in known if name not in shapes):
         raise InputError(f"the task vectors' parameter {name!r} is not in the backbone{did_you_mean(name, shapes)}")
     for name, shape in shapes.items():
         if known[name] != shape:
             raise InputError(
                 f"parameter {name!r} has shape {known[name]} in the task vectors and {shape} in the backbone"
             )
-    unknown = task_vectors.buffers.keys() - dict(backbone.named_buffers()).keys()
-    for name in unknown:
+    owned = dict(backbone.named_buffers())
+    for name in (name for name in task_vectors.buffers if name not in owned):
         raise InputError(f"the buffer {name!r} of the task vectors is not in the backbone")

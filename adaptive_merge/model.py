@@ -1,19 +1,20 @@
-"""The adapted model: one merged backbone for all tasks, and each task's frozen head."""
+"""The adapted model: one merged backbone for all tasks, each task's adapters and frozen head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaptive_merge.adapters import Adapter
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge import MergedBackbone
 from adaptive_merge.objectives import Prediction
 
-__all__ = ["AdaptedModel", "check_heads"]
+__all__ = ["AdaptedModel"]
 
 
 class AdaptedModel(nn.Module):
@@ -25,27 +26,81 @@ class AdaptedModel(nn.Module):
     Args:
         backbone: the merged backbone.
         heads: task → weight [C, d].
+        adapters: applied in order; bound to backbone and heads here.
     """
 
-    def __init__(self, backbone: MergedBackbone, heads: Mapping[str, Tensor]) -> None:
+    def __init__(self, backbone: MergedBackbone, heads: Mapping[str, Tensor], adapters: Sequence[Adapter] = ()) -> None:
         super().__init__()
         self.backbone = backbone
         self.tasks = backbone.task_vectors.tasks
-        check_heads(heads, self.tasks, getattr(backbone.skeleton, "output_dim", None))
+        _check_heads(heads, self.tasks, getattr(backbone.skeleton, "output_dim", None))
         self.__dict__["heads"] = {task: heads[task].detach().float() for task in self.tasks}
+        self.adapters = nn.ModuleList(adapter.bind(backbone, self.heads) for adapter in adapters)
 
-    def forward(self, task: str, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Prediction:
-        """Predict a batch of one task; `weights` are merged parameters, by default those of now."""
-        return self.classify(task, self.backbone(images, weights))
+    @property
+    def shares_tower(self) -> bool:
+        """Whether all tasks see the same tower, so that one forward can serve them together."""
+        return not any(adapter.changes_tower for adapter in self.adapters)
 
-    def classify(self, task: str, features: Tensor) -> Prediction:
-        """The prediction from backbone features [B, d]; in float32 whatever the tower ran in."""
+    def forward(
+        self,
+        task: str,
+        images: Tensor | None,
+        weights: Mapping[str, Tensor] | None = None,
+        features: Tensor | None = None,
+        adapted: bool = True,
+        blocks: bool = False,
+    ) -> Prediction:
+        """Predict a batch of one task.
+
+        Args:
+            task: whose adapters and head to use.
+            images: [B, …]; not looked at where `features` are given.
+            weights: merged parameters; default: those of now.
+            features: [B, d] of the shared tower, where they are known already.
+            adapted: False leaves the adapters out.
+            blocks: also give the mean token after each block.
+        """
+        adapters = self.adapters if adapted else ()
+        means: list[Tensor] = []
+        if features is None:
+            weights = self.backbone.merge() if weights is None else weights
+            for adapter in adapters:
+                weights = adapter.weights(task, weights)
+            edits = self._edits(task, adapters, means) if blocks or not (self.shares_tower or not adapted) else {}
+            features = self.backbone(images, weights, edits)
+        return self._classify(task, features, adapters, tuple(means))
+
+    def _classify(
+        self, task: str, features: Tensor, adapters: Sequence[Adapter], means: tuple[Tensor, ...]
+    ) -> Prediction:
         if task not in self.heads:
-            raise InputError(f"there is no head for task {task!r}{did_you_mean(task, self.heads)}")
+            raise InputError(f"there is no head for task {task!r}{did_you_mean(str(task), self.heads)}")
+        # In float32 whatever the tower ran in: logits are cosines times 100.
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
-            logits = F.normalize(features, dim=-1) @ self.heads[task].T
-        return Prediction(features, logits)
+            for adapter in adapters:
+                features = adapter.features(task, features)
+            unit = F.normalize(features, dim=-1)
+            logits = unit @ self.heads[task].T
+            for adapter in adapters:
+                logits = adapter.logits(task, unit, logits)
+        return Prediction(features, logits, means)
+
+    def _edits(self, task: str, adapters: Sequence[Adapter], means: list[Tensor]) -> dict[str, Any]:
+        """Block name → what happens to its output: the adapters in order, then its mean token is noted."""
+
+        def edit(index: int, tokens: Tensor) -> Tensor:
+            with torch.autocast(tokens.device.type, enabled=False):
+                edited = tokens.float()
+                for adapter in adapters:
+                    edited = adapter.block(task, index, edited)
+                means.append(edited.mean(1) if edited.dim() == 3 else edited)
+            return edited.to(tokens.dtype)
+
+        return {
+            name: (lambda tokens, index=index: edit(index, tokens)) for index, name in enumerate(self.backbone.blocks)
+        }
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedModel:
         super()._apply(fn, recurse)
@@ -54,14 +109,8 @@ class AdaptedModel(nn.Module):
         return self
 
 
-def check_heads(heads: Mapping[str, Tensor], tasks: tuple[str, ...], width: int | None = None) -> None:
-    """Raise InputError unless there is one finite head [C, width] per task.
-
-    Args:
-        heads: task → weight [C, d].
-        tasks: the tasks that need one.
-        width: features of the backbone, where it says so (`output_dim`, as open_clip's towers do).
-    """
+def _check_heads(heads: Mapping[str, Tensor], tasks: tuple[str, ...], width: int | None) -> None:
+    """One finite head [C, width] per task; the first head says the width where the backbone does not."""
     for task in tasks:
         if task not in heads:
             raise InputError(f"task {task!r} has an expert but no head; give heads for {', '.join(tasks)}")

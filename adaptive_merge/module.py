@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,18 +11,36 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from adaptive_merge import steps
+from adaptive_merge.adapters import Adapter
 from adaptive_merge.coefficients import Coefficients, Fixed
 from adaptive_merge.errors import InputError
+from adaptive_merge.frozen import FrozenOutputs
 from adaptive_merge.merge import MergedBackbone
 from adaptive_merge.model import AdaptedModel
-from adaptive_merge.objectives import Entropy, Objective, normalised_entropy
+from adaptive_merge.objectives import Entropy, Objective, Prediction, normalised_entropy
 from adaptive_merge.task_vectors import TaskVectors
 from adaptive_merge.transforms import Transform
+from adaptive_merge.views import FrozenViews, View
 
-__all__ = ["VIEWS", "AdaptiveMerge", "View"]
+__all__ = ["AdaptiveMerge", "Stage"]
 
-View = Literal["pretrained", "individual", "initial", "adapted"]
-VIEWS: tuple[View, ...] = ("pretrained", "individual", "initial", "adapted")
+
+class Stage:
+    """A part of a run: what learns, by which objective, for how many steps.
+
+    Args:
+        steps: optimiser steps of this stage; the last stage goes on to the end of the run.
+        learn: what learns meanwhile; the rest stands still.
+        objective: what the unlabelled batches ask for.
+    """
+
+    def __init__(self, steps: int, learn: Literal["coefficients", "adapters", "all"], objective: Objective) -> None:
+        if steps < 1 or learn not in ("coefficients", "adapters", "all"):
+            raise InputError(
+                f"a stage takes at least 1 step and learns 'coefficients', 'adapters' or 'all', got {steps}, {learn!r}"
+            )
+        self.steps, self.learn, self.objective = steps, learn, objective
 
 
 class AdaptiveMerge(pl.LightningModule):
@@ -35,13 +53,17 @@ class AdaptiveMerge(pl.LightningModule):
         recipe: name of this choice of parts, for results and reports.
         transforms: applied to the task vectors in order, before merging.
         coefficients: how many coefficients, where they start, how they are bounded. Default `Fixed(0.3)`.
+        adapters: what each task has of its own.
         objective: what an unlabelled batch asks for. Default `Entropy()`.
+        stages: stage after stage instead of one objective for the whole run.
         lr: Adam's learning rate.
+        adapter_lr: of the adapters; default `lr`.
         betas: Adam's betas.
         weight_decay: above 0, decoupled as in AdamW.
         accumulate: `"joint"` runs all tasks' images of a step as one batch, best on GPUs. `"per_task"` runs
             and back-propagates one task after the other, so that one task's activations are alive at a time;
             the gradients are the same. `"auto"`: joint on CUDA, per task elsewhere.
+        cache: folder that keeps what frozen networks say about the images between runs; default: in memory.
     """
 
     def __init__(
@@ -52,29 +74,35 @@ class AdaptiveMerge(pl.LightningModule):
         recipe: str = "custom",
         transforms: Sequence[Transform] = (),
         coefficients: Coefficients | None = None,
+        adapters: Sequence[Adapter] = (),
         objective: Objective | None = None,
+        stages: Sequence[Stage] = (),
         lr: float = 1e-3,
+        adapter_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         accumulate: Literal["auto", "joint", "per_task"] = "auto",
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         if accumulate not in ("auto", "joint", "per_task"):
             raise InputError(f"unknown accumulate {accumulate!r}; choose 'auto', 'joint' or 'per_task'")
-        self.recipe, self.lr, self.betas, self.weight_decay = recipe, lr, betas, weight_decay
-        self.accumulate = accumulate
+        if stages and objective:
+            raise InputError("give either one objective or stages with an objective each, not both")
+        self.recipe, self.accumulate = recipe, accumulate
+        self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
+        self.betas, self.weight_decay = betas, weight_decay
         self.experts = task_vectors
         bank = task_vectors
         for transform in transforms:
             bank = transform(bank)
-        self.model = AdaptedModel(MergedBackbone(backbone, bank, coefficients or Fixed(0.3)), heads)
-        self.objective = objective or Entropy()
-        self.initial = self.model.backbone.coefficients().detach().clone()
+        self.model = AdaptedModel(MergedBackbone(backbone, bank, coefficients or Fixed(0.3)), heads, adapters)
+        self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
         self.accuracy = nn.ModuleList(
             MulticlassAccuracy(max(len(heads[task]), 2), average="micro") for task in self.tasks
         )
         self.view: View = "adapted"
-        self._static: tuple[Any, dict[str, Tensor]] | None = None
+        self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -86,73 +114,120 @@ class AdaptiveMerge(pl.LightningModule):
         """The merging coefficients Λ."""
         return self.model.backbone.coefficients
 
+    @property
+    def stage(self) -> Stage:
+        """The stage that the run has reached: a function of the steps taken, so that a resumed run agrees."""
+        left = self.global_step if self._trainer else 0
+        for stage in self.stages[:-1]:
+            if left < stage.steps:
+                return stage
+            left -= stage.steps
+        return self.stages[-1]
+
     def forward(self, task: str, images: Tensor) -> Tensor:
         """Logits [B, C] of the adapted model for images of one task."""
         return self.model(task, images).logits
 
-    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
-        """One update on unlabelled batches, task → {"image", "index"}; the loss is summed over the tasks."""
-        run = self._run_joint if self._joint() else self._run_per_task
-        loss, predictions = run(batch)
-        entropies = torch.stack([normalised_entropy(logits) for logits in predictions.values()])
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
-        self.log("train/entropy", entropies.mean(), prog_bar=True, batch_size=1)
-        self.log_dict({f"train/{task}/entropy": value for task, value in zip(predictions, entropies)}, batch_size=1)
-        return loss
+    def training_step(self, batch: steps.Batch, batch_idx: int) -> Tensor | None:
+        """One update on unlabelled batches, task → {"image", "index"}; None where a filter kept no image."""
+        objective = self._enter(self.stage)
+        kept, entropies = {}, {}
+
+        def loss_of(task: str, prediction: Prediction) -> Tensor:
+            source = self._source(task)
+            expert = (
+                self.views.expert(task, batch[task], source, objective.needs_blocks) if objective.needs_expert else None
+            )
+            keep = objective.keep(prediction, expert)
+            kept[task], entropies[task] = keep.float().mean(), normalised_entropy(prediction.logits)
+            return objective.losses(prediction, expert).where(keep, 0.0).sum() / keep.sum().clamp_min(1)
+
+        if self._joint(objective):
+            loss = steps.joint(self.model, batch, loss_of)
+        else:
+            known = (
+                {}
+                if objective.needs_blocks
+                else {task: self.views.features(task, part, self._source(task)) for task, part in batch.items()}
+            )
+            loss = steps.per_task(self.model, batch, loss_of, known, objective.needs_blocks)
+        self._log_step(loss, kept, entropies)
+        filtered = type(objective).keep is not Objective.keep
+        return None if filtered and not any(kept.values()) else loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count the correct predictions of one labelled batch of one task, for the view in force."""
         task = batch["task"]
-        logits = self.model(task, batch["image"], self._weights(task)).logits
+        logits = self.model(
+            task, batch["image"], self.views.weights(self.view, task), adapted=self.view == "adapted"
+        ).logits
         self.accuracy[self.tasks.index(task)].update(logits, batch["label"])
 
     def on_validation_epoch_end(self) -> None:
         """Log `<view>/<task>/accuracy` and the mean over tasks, and start the next count."""
-        self.log_dict(self._accuracies())
-        self._static = None
+        values = {
+            f"{self.view}/{task}/accuracy": metric.compute()
+            for task, metric in zip(self.tasks, self.accuracy)
+            if metric.update_count
+        }
+        if values:
+            self.log_dict(values | {f"{self.view}/accuracy": torch.stack(list(values.values())).mean()})
+        for metric in self.accuracy:
+            metric.reset()
+        self.views.release()
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """Adam over what learns; none for a run of no steps, which only scores."""
         if self.trainer.max_steps == 0:
             return None
-        learning = self.check_learns()
+        self.check_learns()
+        groups = [
+            {"params": [p for p in self.coefficients.parameters() if p.requires_grad], "lr": self.lr},
+            {"params": list(self.model.adapters.parameters()), "lr": self.adapter_lr},
+        ]
         kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
-        return kind(learning, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        groups = [group for group in groups if group["params"]]
+        return kind(groups, betas=self.betas, weight_decay=self.weight_decay)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then bring projected coefficients back into their bounds."""
         super().optimizer_step(*args, **kwargs)
         self.coefficients.project_()
 
-    def check_learns(self) -> list[nn.Parameter]:
-        """What learns; InputError where nothing does."""
-        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not learning:
+    def on_fit_end(self) -> None:
+        """Keep what the cache has learned about the images."""
+        self.views.outputs.flush()
+
+    def check_learns(self) -> None:
+        """InputError where nothing learns."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
             raise InputError(
-                f"recipe {self.recipe!r} has nothing to learn: its coefficients are fixed; "
+                f"recipe {self.recipe!r} has nothing to learn: its coefficients are fixed and it has no adapters; "
                 "set trainer.max_steps to 0 to score it, or use `merge`"
             )
-        return learning
 
-    def merged_state_dict(self) -> dict[str, Tensor]:
-        """The merged weights as plain tensors; they load into the plain backbone."""
-        return self.model.backbone.merged_state_dict()
+    def merged_state_dict(self, task: str | None = None) -> dict[str, Tensor]:
+        """The merged weights as plain tensors that load into the plain backbone; with a task, its tints included."""
+        merged = self.model.backbone.merged_state_dict()
+        for adapter in self.model.adapters if task else ():
+            merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
+        return merged
 
     @contextmanager
     def viewing(self, view: View) -> Iterator[AdaptiveMerge]:
         """Validate another model: the pre-trained one, each expert on its own task, or the merge before adaptation."""
-        before, self.view, self._static = self.view, view, None
+        before, self.view = self.view, view
         try:
             yield self
         finally:
-            self.view, self._static = before, None
+            self.view = before
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the few kilobytes belong to."""
         checkpoint["adaptive_merge"] = self._identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse coefficients that were learned for other experts or groups."""
+        """Refuse what was learned for other experts, groups or adapters."""
         found = checkpoint.get("adaptive_merge", {})
         for key, wanted in self._identity().items():
             if found.get(key) != wanted:
@@ -166,71 +241,28 @@ class AdaptiveMerge(pl.LightningModule):
             "recipe": self.recipe,
             "tasks": list(self.tasks),
             "granularity": self.coefficients.granularity,
+            "adapters": [type(adapter).__name__ for adapter in self.model.adapters],
             "task vectors": self.model.backbone.task_vectors.fingerprint,
         }
 
-    def _joint(self) -> bool:
-        return self.accumulate == "joint" or (self.accumulate == "auto" and self.device.type == "cuda")
+    def _enter(self, stage: Stage) -> Objective:
+        if len(self.stages) > 1:
+            self.coefficients.values.requires_grad_(self.coefficients.trainable and stage.learn != "adapters")
+            self.model.adapters.requires_grad_(stage.learn != "coefficients")
+        return stage.objective
 
-    def _run_joint(self, batch: dict[str, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """All tasks' images in one forward; the merge is one node of an ordinary graph."""
-        images = torch.cat([part["image"] for part in batch.values()])
-        features = self.model.backbone(images).split([len(part["image"]) for part in batch.values()])
-        predictions = {task: self.model.classify(task, part) for task, part in zip(batch, features)}
-        losses = [self.objective(prediction, None) for prediction in predictions.values()]
-        return torch.stack(losses).sum(), {task: prediction.logits for task, prediction in predictions.items()}
+    def _joint(self, objective: Objective) -> bool:
+        wanted = self.accumulate == "joint" or (self.accumulate == "auto" and self.device.type == "cuda")
+        return (
+            wanted and self.model.shares_tower and self.coefficients.values.requires_grad and not objective.needs_blocks
+        )
 
-    def _run_per_task(self, batch: dict[str, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One task after the other: collect gradients in detached weights, then inject them into Λ.
+    def _log_step(self, loss: Tensor, kept: Mapping[str, Tensor], entropies: Mapping[str, Tensor]) -> None:
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        self.log("train/entropy", torch.stack(list(entropies.values())).mean(), prog_bar=True, batch_size=1)
+        self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
+        self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
 
-        The step returns total + (dot − dot.detach()) with dot = ⟨Λ, ∂L/∂Λ⟩: its value is the loss, and its
-        single backward hands the collected gradient to the coefficients, so that automatic optimisation,
-        clipping and DDP work unchanged.
-        """
-        backbone = self.model.backbone
-        coefficients = backbone.coefficients()
-        weights = {name: value.requires_grad_() for name, value in backbone.merge_with(coefficients).items()}
-        total, logits = coefficients.new_zeros(()), {}
-        for task, part in batch.items():
-            prediction = self.model(task, part["image"], weights)
-            loss = self.objective(prediction, None)
-            loss.backward()
-            total += loss.detach()
-            logits[task] = prediction.logits.detach()
-        dot = (coefficients * backbone.project([weight.grad for weight in weights.values()])).sum()
-        return total + (dot - dot.detach()), logits
-
-    def _weights(self, task: str) -> dict[str, Tensor]:
-        """The weights of the view in force, made once and kept until the view, the task or Λ changes."""
-        key = (self.view, task if self.view == "individual" else None, self.coefficients.values._version)
-        if self._static is None or self._static[0] != key:
-            self._static = None
-            self._static = (key, self._make_weights(task))
-        return self._static[1]
-
-    @torch.no_grad()
-    def _make_weights(self, task: str) -> dict[str, Tensor]:
-        backbone = self.model.backbone
-        makers: dict[View, Callable[[], dict[str, Tensor]]] = {
-            "pretrained": lambda: backbone.merge_with(torch.zeros_like(self.initial)),
-            "individual": lambda: {
-                name: value.to(self.device)
-                for name, value in self.experts.expert(task).items()
-                if name in self.experts.names
-            },
-            "initial": lambda: backbone.merge_with(self.initial),
-            "adapted": backbone.merge,
-        }
-        return makers[self.view]()
-
-    def _accuracies(self) -> dict[str, Tensor]:
-        values = {
-            f"{self.view}/{task}/accuracy": metric.compute()
-            for task, metric in zip(self.tasks, self.accuracy)
-            if metric.update_count
-        }
-        for metric in self.accuracy:
-            metric.reset()
-        if values:
-            values[f"{self.view}/accuracy"] = torch.stack(list(values.values())).mean()
-        return values
+    def _source(self, task: str) -> Any:
+        """The images that a batch's indices point into; None in a loop without a TaskStream."""
+        return getattr(getattr(self._trainer, "datamodule", None), "images", {}).get(task)

@@ -12,7 +12,8 @@ import pytorch_lightning as pl
 import torch
 from rich.table import Table
 
-from adaptive_merge.module import VIEWS, AdaptiveMerge
+from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.views import VIEWS
 
 __all__ = ["SCHEMA", "peak_memory", "score", "summary", "table"]
 

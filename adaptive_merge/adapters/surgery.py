@@ -1,0 +1,81 @@
+"""Representation surgery: small per-task adapters that pull merged features back to the expert's.
+
+z′ = z − U·ReLU(D z), without biases. D starts Kaiming-uniform (a = √5), U at zero, so surgery starts as the
+identity, and D gets no gradient in the very first update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.errors import InputError
+from adaptive_merge.merge import MergedBackbone
+
+__all__ = ["Surgery", "SurgeryV2", "surgery"]
+
+
+def surgery(z: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """z − U·ReLU(D z) for z [..., d], D [r, d], U [d, r]."""
+    return z - (z @ down.T).relu() @ up.T
+
+
+class Surgery(Adapter):
+    """One adapter per task on the backbone's features (Yang et al., "Representation Surgery", ICML 2024, eq. 5).
+
+    Args:
+        rank: r, at least 1 and at most the feature width d. Published: 16.
+    """
+
+    def __init__(self, rank: int = 16) -> None:
+        super().__init__()
+        if rank < 1:
+            raise InputError(f"a surgery rank must be at least 1, got {rank}")
+        self.rank = rank
+
+    def create(self, backbone: MergedBackbone, heads: Mapping[str, Tensor]) -> None:
+        width = next(iter(heads.values())).shape[1]
+        self.down, self.up = _pairs(len(self.tasks), self.rank, width)
+
+    def features(self, task: str, features: Tensor) -> Tensor:
+        row = self.row(task)
+        return surgery(features, self.down[row], self.up[row])
+
+
+class SurgeryV2(Surgery):
+    """An adapter after every block on every token, and one on the features (Yang et al., "SurgeryV2", 2024).
+
+    Depth and width come from the backbone: ViT-B and ViT-L work alike. Published: rank 16 for ViT-B, 4 for L.
+
+    Args:
+        rank: r of every adapter.
+    """
+
+    changes_tower = True
+
+    def create(self, backbone: MergedBackbone, heads: Mapping[str, Tensor]) -> None:
+        super().create(backbone, heads)
+        self.depth = len(backbone.blocks)
+        if not self.depth:
+            raise InputError("SurgeryV2 needs a backbone of numbered blocks, such as `transformer.resblocks.0`")
+        width = backbone.block_width()
+        self.block_down, self.block_up = _pairs(len(self.tasks) * self.depth, self.rank, width)
+
+    def block(self, task: str, index: int, tokens: Tensor) -> Tensor:
+        row = self.row(task) * self.depth + index
+        return surgery(tokens, self.block_down[row], self.block_up[row])
+
+
+def _pairs(count: int, rank: int, width: int) -> tuple[nn.ParameterList, nn.ParameterList]:
+    if rank > width:
+        raise InputError(
+            f"a surgery rank of {rank} is larger than the {width} features it works on; choose at most {width}"
+        )
+    down = nn.ParameterList(nn.Parameter(torch.empty(rank, width)) for _ in range(count))
+    for matrix in down:
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+    return down, nn.ParameterList(nn.Parameter(torch.zeros(width, rank)) for _ in range(count))

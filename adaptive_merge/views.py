@@ -1,0 +1,117 @@
+"""What does not learn: the models that a run is compared with, and what they say about the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adaptive_merge.frozen import FrozenOutputs
+from adaptive_merge.model import AdaptedModel
+from adaptive_merge.objectives import Prediction
+from adaptive_merge.task_vectors import TaskVectors
+
+__all__ = ["VIEWS", "FrozenViews", "View"]
+
+View = Literal["pretrained", "individual", "initial", "adapted"]
+VIEWS: tuple[View, ...] = ("pretrained", "individual", "initial", "adapted")
+
+Part = Mapping[str, Tensor]
+
+
+class FrozenViews:
+    """Weights of the four views, and cached outputs of frozen networks.
+
+    Args:
+        model: the model that adapts.
+        experts: the bank before any transform.
+        outputs: keeps rows by image index.
+    """
+
+    def __init__(self, model: AdaptedModel, experts: TaskVectors, outputs: FrozenOutputs) -> None:
+        self.model, self.experts, self.outputs = model, experts, outputs
+        self.initial = model.backbone.coefficients().detach().clone()
+        self._held: tuple[Any, Mapping[str, Tensor]] | None = None
+
+    def weights(self, view: View, task: str) -> Mapping[str, Tensor]:
+        """The tower's weights: θ₀, the task's expert, the merge before adaptation, or the merge as it is now."""
+        if view == "individual":
+            return self._expert_weights(task)
+        backbone = self.model.backbone
+        if view == "adapted":
+            coefficients, version = backbone.coefficients(), backbone.coefficients.values._version
+        else:
+            coefficients, version = self.initial * (view == "initial"), 0
+        return self._hold((view, version), lambda: backbone.merge_with(coefficients.to(backbone.task_vectors.device)))
+
+    def release(self) -> None:
+        """Let go of the weights that were made last."""
+        self._held = None
+
+    @torch.no_grad()
+    def features(self, task: str, part: Part, source: Any) -> Tensor | None:
+        """The shared tower's features [B, d] where nothing in the tower can change; None where it can."""
+        backbone = self.model.backbone
+        if backbone.coefficients.values.requires_grad or not self.model.shares_tower:
+            return None
+        identity = {"model": f"{backbone.task_vectors.fingerprint} {backbone.coefficients.fingerprint}"}
+        return self._cached(task, "merged", identity, part, source, backbone)
+
+    @torch.no_grad()
+    def expert(self, task: str, part: Part, source: Any, blocks: bool = False) -> Prediction:
+        """What the task's own expert says about a batch: no label, no gradient, once per image.
+
+        Args:
+            task: whose expert.
+            part: {"image", "index"} of the batch.
+            source: the data set that the indices point into (`Images`), or None: then nothing is kept.
+            blocks: also its mean tokens after each block.
+        """
+
+        def outputs(images: Tensor) -> Tensor:
+            said = self.model(task, images, self._expert_weights(task), adapted=False, blocks=blocks)
+            return torch.cat([said.features, *said.blocks], 1)
+
+        prints = self.experts.fingerprints
+        identity = {"expert": f"{prints['pretrained']} {prints[task]}"}
+        rows = self._cached(task, "expert-blocks" if blocks else "expert", identity, part, source, outputs)
+        width = self.model.heads[task].shape[1]
+        means = rows[:, width:].split(self.model.backbone.block_width(), 1) if blocks else ()
+        said = self.model(task, None, features=rows[:, :width], adapted=False)
+        return Prediction(said.features, said.logits, tuple(means))
+
+    def _cached(
+        self,
+        task: str,
+        kind: str,
+        identity: dict[str, str],
+        part: Part,
+        source: Any,
+        compute: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        if source is None:
+            return compute(part["image"])
+        identity = identity | {"data": source.fingerprint}
+        return self.outputs.rows(
+            task, kind, identity, len(source), part["index"], lambda missing: compute(part["image"][missing])
+        )
+
+    def _expert_weights(self, task: str) -> Mapping[str, Tensor]:
+        # Without transforms the merged bank is the experts' bank, and on the device already.
+        merged = self.model.backbone.task_vectors
+        bank = merged if merged.fingerprints == self.experts.fingerprints else self.experts
+        device = merged.device
+        return self._hold(
+            ("expert", task),
+            lambda: {name: value.to(device) for name, value in bank.expert(task).items() if name in bank.names},
+        )
+
+    @torch.no_grad()
+    def _hold(self, key: Any, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """One set of weights at a time is held, until another is asked for."""
+        if self._held is None or self._held[0] != key:
+            self._held = None
+            self._held = (key, make())
+        return self._held[1]
