@@ -11,13 +11,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adapters": ["Adapter", "BlockSurgery", "FeatureSurgery", "Tint"],
     "coefficients": ["BlockWise", "Coefficients", "Fixed", "LayerWise", "TaskWise"],
     "data": ["Images", "Suite", "TaskStream", "load_suite"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "merge": ["MergedBackbone"],
-    "module": ["AdaptiveMerge"],
-    "objectives": ["Entropy", "Objective", "Prediction"],
-    "recipes": ["AdaMerging", "AdaMergingPP", "TaskArithmetic", "TiesMerging", "WeightAveraging"],
+    "module": ["AdaptiveMerge", "Stage"],
+    "objectives": ["Entropy", "ExpertDivergence", "FeatureDistance", "Objective", "Prediction", "PseudoLabel"],
+    "recipes": [
+        *("AdaMerging", "AdaMergingPP", "Surgery", "SurgeryV2", "TaskArithmetic"),
+        *("TiesMerging", "Tinting", "TintingPP", "WeightAveraging"),
+    ],
     "results": ["score"],
     "task_vectors": ["TaskVectors"],
     "transforms": ["Ties", "Transform"],

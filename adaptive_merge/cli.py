@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from adaptive_merge import __version__
+from adaptive_merge.checkpoints.coefficients import save_coefficients
 from adaptive_merge.checkpoints.run import read_checkpoint
 from adaptive_merge.commands import COMMANDS
 from adaptive_merge.data import Suite, TaskStream, load_suite
@@ -142,8 +143,9 @@ class AdaptiveMergeCLI(LightningCLI):
         self.loaded = time.perf_counter()
 
     def after_fit(self) -> None:
-        """Score the four views, write `results.json` and the last checkpoint, print the table."""
+        """Keep what was learned, score the four views, write `results.json`, print the table."""
         adapted = time.perf_counter()
+        save_coefficients(self.folder / "coefficients.json", self.model.coefficients.table())
         self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
         scores = score(self.trainer, self.model, self.datamodule)
         seconds = {
@@ -202,7 +204,7 @@ class _SaveConfig(SaveConfigCallback):
 def _clear_way(folder: Path, if_exists: str) -> None:
     written = [
         path
-        for name in ("config.yaml", "metrics.csv", "results.json", "checkpoints")
+        for name in ("config.yaml", "metrics.csv", "results.json", "coefficients.json", "checkpoints")
         if (path := folder / name).exists()
     ]
     if written and if_exists != "overwrite":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from adaptive_merge.errors import InputError
+from adaptive_merge.checkpoints.coefficients import load_coefficients
+from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.task_vectors import Layout, TaskVectors
 
 __all__ = ["BlockWise", "Bounds", "Coefficients", "Fixed", "LayerWise", "TaskWise"]
@@ -27,8 +29,9 @@ class Coefficients(nn.Module, ABC):
     calls it.
 
     Args:
-        init: start value: a number for all, one number per task, `"average"` (1/T), or `"metagpt"`
-            (‖τₜ‖² / Σ‖τ‖², closed form of Zhou et al., EMNLP 2024).
+        init: start value: a number for all, one number per task, `"average"` (1/T), `"metagpt"`
+            (‖τₜ‖² / Σ‖τ‖², closed form of Zhou et al., EMNLP 2024), or the path of a run folder or of a file of
+            coefficients by name, such as published ones.
         bounds: `"clamp"` bounds λ to [0, 1] inside the forward, as published: outside, the gradient is zero
             and λ never returns. `"project"` clips the stored value after each step, so the gradient stays
             alive. `"free"` does not bound.
@@ -39,7 +42,7 @@ class Coefficients(nn.Module, ABC):
 
     def __init__(
         self,
-        init: float | list[float] | Literal["average", "metagpt"] = 0.3,
+        init: float | list[float] | str = 0.3,
         bounds: Bounds = "clamp",
         trainable: bool = True,
     ) -> None:
@@ -58,13 +61,46 @@ class Coefficients(nn.Module, ABC):
         self.groups = tuple(dict.fromkeys(labels))
         self.group_of = tuple(self.groups.index(label) for label in labels)
         self.tasks = task_vectors.tasks
-        start = _start_values(self.init, task_vectors)[:, None].repeat(1, len(self.groups))
+        start = self._start_values(task_vectors)
         self.values = nn.Parameter(start, requires_grad=self.trainable)
         return self
 
     @abstractmethod
     def group_names(self, layout: Layout) -> list[str]:
         """The group of each parameter: parameters of equal group share one λ per task."""
+
+    def _start_values(self, task_vectors: TaskVectors) -> Tensor:
+        """[T, G]."""
+        tasks, init = len(self.tasks), self.init
+        if init == "metagpt":
+            squares = torch.stack([vector.float().square().sum() for vector in task_vectors.vectors]).cpu()
+            column = squares / squares.sum()
+        elif isinstance(init, str) and init != "average":
+            return self._read(Path(init))
+        elif isinstance(init, Sequence) and init != "average":
+            if len(init) != tasks:
+                listed = ", ".join(self.tasks)
+                raise InputError(f"{len(init)} start coefficients for {tasks} experts ({listed}); give one each")
+            column = torch.tensor([float(value) for value in init])
+        else:
+            column = torch.full((tasks,), 1 / tasks if init == "average" else float(init))
+        return column[:, None].repeat(1, len(self.groups))
+
+    def _read(self, path: Path) -> Tensor:
+        """[T, G] of a run folder or a file, matched by the names of tasks and groups."""
+        if not path.exists():
+            raise MissingFileError(
+                f"coefficients cannot start at {str(path)!r}: give a number, a list, 'average', 'metagpt', or an "
+                "existing run folder or file of coefficients"
+            )
+        path = path / "coefficients.json" if path.is_dir() else path
+        found = load_coefficients(path)
+        for wanted, given, what in ((self.tasks, found, "task"), (self.groups, next(iter(found.values())), "group")):
+            for name in (name for name in wanted if name not in given):
+                raise InputError(f"{path}: there is no coefficient for {what} {name!r}{did_you_mean(name, given)}")
+            for name in (name for name in given if name not in wanted):
+                raise InputError(f"{path}: this merge has no {what} {name!r}{did_you_mean(name, wanted)}")
+        return torch.tensor([[found[task][group] for group in self.groups] for task in self.tasks])
 
     def forward(self) -> Tensor:
         """Λ [T, G] as the merge uses it."""
@@ -107,7 +143,7 @@ class TaskWise(Coefficients):
 class Fixed(TaskWise):
     """One constant per task: weight averaging (`init="average"`) and task arithmetic (`init=0.3`)."""
 
-    def __init__(self, init: float | list[float] | Literal["average", "metagpt"] = 0.3) -> None:
+    def __init__(self, init: float | list[float] | str = 0.3) -> None:
         super().__init__(init, bounds="free", trainable=False)
 
 
@@ -129,22 +165,3 @@ class BlockWise(Coefficients):
         blocks = layout.blocks
         last = max((index for index, block in enumerate(blocks) if block), default=-1)
         return [block or ("before" if index < last else "after") for index, block in enumerate(blocks)]
-
-
-def _start_values(init: float | list[float] | str, task_vectors: TaskVectors) -> Tensor:
-    """[T] start values."""
-    tasks = len(task_vectors.tasks)
-    if init == "average":
-        return torch.full((tasks,), 1 / tasks)
-    if init == "metagpt":
-        squares = torch.stack([vector.float().square().sum() for vector in task_vectors.vectors]).cpu()
-        return squares / squares.sum()
-    if isinstance(init, str):
-        raise InputError(f"unknown start {init!r} of the coefficients; give a number, a list, 'average' or 'metagpt'")
-    if isinstance(init, Sequence):
-        if len(init) != tasks:
-            raise InputError(
-                f"{len(init)} start coefficients for {tasks} experts ({', '.join(task_vectors.tasks)}); give one each"
-            )
-        return torch.tensor([float(value) for value in init])
-    return torch.full((tasks,), float(init))

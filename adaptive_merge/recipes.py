@@ -11,13 +11,25 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from adaptive_merge.adapters import BlockSurgery, FeatureSurgery, Tint
 from adaptive_merge.coefficients import BlockWise, Bounds, Coefficients, Fixed, LayerWise, TaskWise
 from adaptive_merge.errors import InputError
 from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.objectives import Distance, FeatureDistance, PseudoLabel
 from adaptive_merge.task_vectors import TaskVectors
 from adaptive_merge.transforms import Ties
 
-__all__ = ["AdaMerging", "AdaMergingPP", "TaskArithmetic", "TiesMerging", "WeightAveraging"]
+__all__ = [
+    "AdaMerging",
+    "AdaMergingPP",
+    "Surgery",
+    "SurgeryV2",
+    "TaskArithmetic",
+    "TiesMerging",
+    "Tinting",
+    "TintingPP",
+    "WeightAveraging",
+]
 
 Heads = Mapping[str, Tensor]
 Granularity = Literal["task", "layer", "block"]
@@ -84,6 +96,74 @@ def AdaMergingPP(
     """AdaMerging++: AdaMerging over TIES task vectors; arguments as for `AdaMerging` and `Ties`."""
     settings = {"recipe": f"adamerging_pp_{granularity}", "transforms": (Ties(density, counted_over),)} | settings
     return AdaMerging(task_vectors, backbone, heads, granularity, init, bounds, **settings)
+
+
+def Surgery(
+    task_vectors: TaskVectors,
+    backbone: nn.Module,
+    heads: Heads,
+    rank: int = 16,
+    kind: Distance = "l1",
+    coefficients: Coefficients | None = None,
+    **settings: Any,
+) -> AdaptiveMerge:
+    """Representation Surgery (Yang et al., ICML 2024): feature adapters on a frozen merge.
+
+    Args:
+        task_vectors, backbone, heads: what is merged.
+        rank: of each adapter.
+        kind: distance to the expert's features.
+        coefficients: the merge; default task arithmetic, `Fixed(0.3)`. Adapted ones: `LayerWise(init="runs/…",
+            trainable=False)`.
+        settings: further arguments of `AdaptiveMerge`.
+    """
+    settings = {"recipe": "surgery", "adapters": [FeatureSurgery(rank)], "objective": FeatureDistance(kind)} | settings
+    return AdaptiveMerge(task_vectors, backbone, heads, coefficients=coefficients or Fixed(0.3), **settings)
+
+
+def SurgeryV2(
+    task_vectors: TaskVectors,
+    backbone: nn.Module,
+    heads: Heads,
+    rank: int = 16,
+    coefficients: Coefficients | None = None,
+    **settings: Any,
+) -> AdaptiveMerge:
+    """SurgeryV2 (Yang et al., 2024): adapters after every block as well; arguments as for `Surgery`."""
+    parts = {"adapters": [BlockSurgery(rank)], "objective": FeatureDistance(blocks=True)}
+    settings = {"recipe": "surgery_v2"} | parts | settings
+    return AdaptiveMerge(task_vectors, backbone, heads, coefficients=coefficients or Fixed(0.3), **settings)
+
+
+def Tinting(
+    task_vectors: TaskVectors,
+    backbone: nn.Module,
+    heads: Heads,
+    layer: str = "head",
+    init: float = 0.3,
+    bounds: Bounds = "clamp",
+    confident: bool = False,
+    lr: float = 1e-2,
+    **settings: Any,
+) -> AdaptiveMerge:
+    """Model Tinting (Jung et al., 2024): coefficients and one per-task layer, taught by the experts' labels.
+
+    Args:
+        task_vectors, backbone, heads: what is merged.
+        layer: `"head"` or a backbone parameter, see `Tint`.
+        init, bounds: of the layer-wise coefficients. Published for 14 and 20 tasks: init 0.1.
+        confident: the confidence filter of Tinting++.
+        lr: of coefficients and tints alike, as published; `adapter_lr` sets the tints' apart.
+        settings: further arguments of `AdaptiveMerge`.
+    """
+    parts = {"adapters": [Tint(layer)], "objective": PseudoLabel(confident=confident), "lr": lr}
+    settings = {"recipe": "tinting_pp" if confident else "tinting"} | parts | settings
+    return AdaptiveMerge(task_vectors, backbone, heads, coefficients=LayerWise(init, bounds), **settings)
+
+
+def TintingPP(task_vectors: TaskVectors, backbone: nn.Module, heads: Heads, **settings: Any) -> AdaptiveMerge:
+    """Tinting++: Tinting with the confidence filter; arguments as for `Tinting`. SyMerge is the same recipe."""
+    return Tinting(task_vectors, backbone, heads, confident=True, **settings)
 
 
 def _coefficients(granularity: str, init: float, bounds: Bounds) -> Coefficients:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def logits_of(backbone, parameters, images, head, mean=0.5, std=0.25):
-    features = functional_call(backbone, parameters, ((images.float() / 255 - mean) / std,))
+    features = functional_call(backbone, parameters, (normalised(images, mean, std),))
     return F.normalize(features, dim=-1) @ head.T
 
 
@@ -50,3 +50,51 @@ def ties(flat_vectors, share=0.2):
     sign[sign == 0] = torch.sign(sign.sum())
     keep = torch.where(sign > 0, trimmed > 0, trimmed < 0)
     return trimmed * keep
+
+
+def surgery(features, expert_features, rank, adapters, order, lr=1e-3, steps=20):
+    """The published loop on features: task by task, one Adam over all adapters, one step per task and batch.
+
+    `features(task, step)` and `expert_features(task, step)` give [B, d]; `adapters` is task → [D, U] leaves.
+    """
+    optimizer = torch.optim.Adam([matrix for pair in adapters.values() for matrix in pair], lr=lr)
+    for step in range(steps):
+        for task in order:
+            down, up = adapters[task]
+            z = features(task, step)
+            loss = (z - torch.relu(z @ down.T) @ up.T - expert_features(task, step)).abs().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def tinting(backbone, pretrained, vectors, heads, experts, stream, confident, lr=1e-2, updates=20):
+    """The published loop: coefficients and heads in one Adam, one step per task; `stream(update)` → task, images."""
+    coefficients = torch.full((len(vectors), len(pretrained)), 0.3, requires_grad=True)
+    weights = {task: head.clone().requires_grad_() for task, head in heads.items()}
+    biases = {task: torch.zeros(len(head), requires_grad=True) for task, head in heads.items()}
+    optimizer = torch.optim.Adam([coefficients, *weights.values(), *biases.values()], lr=lr)
+    for update in range(updates):
+        task, images = stream(update)
+        features = F.normalize(
+            functional_call(backbone, merge(pretrained, vectors, coefficients), (normalised(images),)), dim=-1
+        )
+        logits = features @ weights[task].T + biases[task]
+        with torch.no_grad():
+            expert = logits_of(backbone, experts[task], images, heads[task])
+        label, keep = expert.argmax(1), torch.ones(len(images), dtype=torch.bool)
+        if confident:
+            p, q = logits.softmax(1), expert.softmax(1)
+            agree = p.argmax(1) == label
+            keep = agree | (~agree & (q.max(1).values - p.max(1).values >= 0))
+        if not keep.any():
+            continue
+        loss = F.cross_entropy(logits[keep], label[keep])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return coefficients.detach(), {task: weight.detach() for task, weight in weights.items()}
+
+
+def normalised(images, mean=0.5, std=0.25):
+    return (images.float() / 255 - mean) / std

@@ -37,5 +37,5 @@ def test_wrong_numbers_and_names_are_refused(bank):
         am.Fixed([0.1, 0.2]).bind(bank)
     with pytest.raises(am.InputError, match="unknown bounds 'clip'"):
         am.LayerWise(bounds="clip")
-    with pytest.raises(am.InputError, match="unknown start 'mean'"):
+    with pytest.raises(am.MissingFileError, match="cannot start at .mean."):
         am.LayerWise(init="mean").bind(bank)

@@ -2,40 +2,17 @@ import pytest
 import pytorch_lightning as pl
 import reference
 import torch
+from fitting import STEPS, Trajectory, fit
 
 import adaptive_merge as am
 from adaptive_merge.data.sampler import draw
 
-STEPS = 20
 RECIPES = {
     "task": (am.AdaMerging, "task"),
     "layer": (am.AdaMerging, "layer"),
     "task++": (am.AdaMergingPP, "task"),
     "layer++": (am.AdaMergingPP, "layer"),
 }
-
-
-class Trajectory(pl.Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_train_batch_end(self, trainer, module, *_):
-        self.values.append(module.coefficients.values.detach().clone())
-
-
-def fit(module, images, steps=STEPS, **trainer):
-    trajectory = Trajectory()
-    settings = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", num_sanity_val_steps=0, callbacks=[trajectory], **settings | trainer
-    )
-    trainer.fit(module, datamodule=am.TaskStream(images, images_per_task=8))
-    return torch.stack(trajectory.values)
 
 
 @pytest.mark.parametrize("accumulate", ["joint", "per_task"])

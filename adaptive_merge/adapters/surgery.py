@@ -16,7 +16,7 @@ from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge import MergedBackbone
 
-__all__ = ["Surgery", "SurgeryV2", "surgery"]
+__all__ = ["BlockSurgery", "FeatureSurgery", "surgery"]
 
 
 def surgery(z: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def surgery(z: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return z - (z @ down.T).relu() @ up.T
 
 
-class Surgery(Adapter):
+class FeatureSurgery(Adapter):
     """One adapter per task on the backbone's features (Yang et al., "Representation Surgery", ICML 2024, eq. 5).
 
     Args:
@@ -46,7 +46,7 @@ class Surgery(Adapter):
         return surgery(features, self.down[row], self.up[row])
 
 
-class SurgeryV2(Surgery):
+class BlockSurgery(FeatureSurgery):
     """An adapter after every block on every token, and one on the features (Yang et al., "SurgeryV2", 2024).
 
     Depth and width come from the backbone: ViT-B and ViT-L work alike. Published: rank 16 for ViT-B, 4 for L.
@@ -61,7 +61,7 @@ class SurgeryV2(Surgery):
         super().create(backbone, heads)
         self.depth = len(backbone.blocks)
         if not self.depth:
-            raise InputError("SurgeryV2 needs a backbone of numbered blocks, such as `transformer.resblocks.0`")
+            raise InputError("BlockSurgery needs a backbone of numbered blocks, such as `transformer.resblocks.0`")
         width = backbone.block_width()
         self.block_down, self.block_up = _pairs(len(self.tasks) * self.depth, self.rank, width)
 
