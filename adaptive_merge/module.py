@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -139,8 +140,11 @@ class AdaptiveMerge(pl.LightningModule):
                 self.views.expert(task, batch[task], source, objective.needs_blocks) if objective.needs_expert else None
             )
             keep = objective.keep(prediction, expert)
-            kept[task], entropies[task] = keep.float().mean(), normalised_entropy(prediction.logits)
-            return objective.losses(prediction, expert).where(keep, 0.0).sum() / keep.sum().clamp_min(1)
+            share = self._mean_over_ranks(keep.float().mean())
+            kept[task], entropies[task] = share, normalised_entropy(prediction.logits)
+            # A mean over the images kept on all ranks: DDP averages the ranks' gradients, and their batches are
+            # of one size, so each rank divides by its size times the share that is kept on average.
+            return objective.losses(prediction, expert).where(keep, 0.0).mean() / share.clamp_min(1e-12)
 
         if self._joint(objective):
             loss = steps.joint(self.model, batch, loss_of)
@@ -155,6 +159,13 @@ class AdaptiveMerge(pl.LightningModule):
         filtered = type(objective).keep is not Objective.keep
         return None if filtered and not any(kept.values()) else loss
 
+    def setup(self, stage: str) -> None:
+        """Make plain DDP fit: a step may use some tasks' adapters only, and there is no buffer to broadcast."""
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            # The strategy hands these on to torch's DDP, which is built after this hook.
+            options = {"find_unused_parameters": True, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+            self.trainer.strategy._ddp_kwargs = options | self.trainer.strategy._ddp_kwargs
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count the correct predictions of one labelled batch of one task, for the view in force."""
         task = batch["task"]
@@ -165,13 +176,11 @@ class AdaptiveMerge(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `<view>/<task>/accuracy` and the mean over tasks, and start the next count."""
-        values = {
-            f"{self.view}/{task}/accuracy": metric.compute()
-            for task, metric in zip(self.tasks, self.accuracy)
-            if metric.update_count
-        }
-        if values:
-            self.log_dict(values | {f"{self.view}/accuracy": torch.stack(list(values.values())).mean()})
+        # The same tasks on every rank, also on one whose share of a task was empty: `compute` is collective.
+        shown = [task for task in self.tasks if self._source(task) is not None] or self.tasks
+        metrics = {task: metric for task, metric in zip(self.tasks, self.accuracy) if task in shown}
+        values = {f"{self.view}/{task}/accuracy": metric.compute() for task, metric in metrics.items()}
+        self.log_dict(values | {f"{self.view}/accuracy": torch.stack(list(values.values())).mean()})
         for metric in self.accuracy:
             metric.reset()
         self.views.release()
@@ -262,6 +271,10 @@ class AdaptiveMerge(pl.LightningModule):
         self.log("train/entropy", torch.stack(list(entropies.values())).mean(), prog_bar=True, batch_size=1)
         self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
         self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        many = self._trainer is not None and self._trainer.world_size > 1
+        return self._trainer.strategy.reduce(value.detach(), reduce_op="mean") if many else value.detach()
 
     def _source(self, task: str) -> Any:
         """The images that a batch's indices point into; None in a loop without a TaskStream."""
