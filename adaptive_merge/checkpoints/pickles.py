@@ -1,0 +1,268 @@
+"""A pickle reader that runs nothing: every name in the file becomes an inert stub.
+
+Published experts are often whole modules saved by `torch.save(model)` or `pickle.dump(model)`. Loading those the
+ordinary way imports and calls whatever the file names. Here a pickle is read in two passes: first its opcodes are
+checked (`checked_span`), then it is unpickled with a `find_class` that never imports: tensor rebuilders give
+descriptions of tensors (`TensorRecord`), all other names give `Stub` classes that only remember their state.
+No torch object is built while the pickle is read, so a forged size allocates nothing.
+"""
+
+from __future__ import annotations
+
+# The only place in this package that reads pickles; nothing in it resolves a name from the file to real code.
+import pickle  # noqa: S403
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+import torch
+
+from adaptive_merge.errors import InputError
+
+__all__ = ["Mapping", "StorageRecord", "Stub", "TensorRecord", "checked_span", "read_pickle_stream"]
+
+MAX_OBJECTS: Final = 5_000_000
+_FORBIDDEN: Final = frozenset({"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"})
+
+_DTYPES: Final = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+_DTYPE_NAMES: Final = {
+    name: getattr(torch, name)
+    for name in (
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    )
+}
+
+
+@dataclass(frozen=True)
+class StorageRecord:
+    """A run of numbers inside the file: by `key` (zip record or legacy entry) or as the bytes of a nested file."""
+
+    dtype: torch.dtype
+    numel: int
+    key: str | None = None
+    nested: bytes | None = None
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """The description of a tensor: nothing is allocated until it is asked for."""
+
+    storage: StorageRecord
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype | None  # None: as the storage says
+
+
+class Stub:
+    """Stands for an object of a class that is not imported; keeps its state, does nothing."""
+
+    origin: str = "an unknown object"
+    state: dict[Any, Any]
+
+    def __new__(cls, *_: Any, **__: Any) -> Stub:
+        stub = object.__new__(cls)
+        stub.state = {}
+        return stub
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Arguments are dropped: a stub has no behaviour that they could steer."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state if isinstance(state, dict) else {}
+
+    def __call__(self, *_: Any, **__: Any) -> Stub:
+        return Stub()
+
+    def __setitem__(self, _key: Any, _value: Any) -> None:
+        """Items of dict-like strangers are dropped."""
+
+    def append(self, _value: Any) -> None:
+        """Items of list-like strangers are dropped."""
+
+    extend = add = append
+
+
+class Mapping(dict[Any, Any]):
+    """Stands for `collections.OrderedDict`; attributes set on it (such as `_metadata`) are dropped."""
+
+    def __setstate__(self, _state: Any) -> None:
+        """Nothing but the items matters."""
+
+
+class _Rebuilder:
+    """A callable for REDUCE. Slots and a refusing `__setstate__` keep BUILD from rewriting it."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, _state: Any) -> None:
+        raise pickle.UnpicklingError("the pickle tries to change a function of the reader")
+
+
+def checked_span(file: IO[bytes], name: str) -> int:
+    """The offset just behind the pickle that starts at the current position; the position is left unchanged.
+
+    Raises:
+        InputError: the pickle is cut short, or uses opcodes or sizes that no saved model needs.
+    """
+    start, count = file.tell(), 0
+    try:
+        for opcode, argument, position in pickletools.genops(file):
+            count += 1
+            if opcode.name in _FORBIDDEN:
+                raise InputError(f"{name}: refused, pickle opcode {opcode.name} at byte {position}")
+            too_far = opcode.name in ("LONG_BINPUT", "PUT") and int(argument) > MAX_OBJECTS
+            if count > MAX_OBJECTS or too_far:
+                raise InputError(
+                    f"{name}: refused, the pickle asks for more than {MAX_OBJECTS:,} objects at byte {position}"
+                )
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{name}: not a readable pickle ({type(error).__name__}: {error}); the file is damaged or of another "
+            "format, so copy or download it again"
+        ) from error
+    end = file.tell()
+    file.seek(start)
+    return end
+
+
+def read_pickle_stream(file: IO[bytes], name: str, storages: dict[str, StorageRecord] | None = None) -> Any:
+    """One pickle from the current position on, as stubs, mappings, records and plain Python values.
+
+    Args:
+        file: anything with `read`, `readline`, `seek`, `tell`; it is left just behind the pickle.
+        name: how error messages call the file.
+        storages: filled with every storage that the pickle mentions, by key.
+    """
+    end = checked_span(file, name)
+    try:
+        found = _Reader(file, storages if storages is not None else {}).load()
+    except Exception as error:
+        raise InputError(
+            f"{name}: refused, the pickle does something that no saved model needs ({type(error).__name__}: {error}); "
+            "nothing in it was run"
+        ) from error
+    file.seek(end)
+    return found
+
+
+class _Reader(pickle.Unpickler):
+    """`find_class` is the only door from a name in the file to an object, and it opens on stubs."""
+
+    def __init__(self, file: IO[bytes], storages: dict[str, StorageRecord]) -> None:
+        super().__init__(file, encoding="latin1")
+        self._storages = storages
+        self._stubs: dict[str, type[Stub]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.storage") and name in _DTYPES:
+            return _DTYPES[name]
+        if module == "torch" and name in _DTYPE_NAMES:
+            return _DTYPE_NAMES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return Mapping
+        if (module, name) in _REBUILDERS:
+            return _REBUILDERS[module, name]
+        origin = f"{module}.{name}"
+        if origin not in self._stubs:
+            self._stubs[origin] = type("Stub", (Stub,), {"origin": origin})
+        return self._stubs[origin]
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind = pid[0] if isinstance(pid, tuple) and pid else None
+        if kind == "module" and len(pid) == 4:
+            return pid[1]
+        if kind != "storage" or len(pid) < 5:
+            raise pickle.UnpicklingError(f"unknown persistent id {str(pid)[:80]}")
+        _, dtype, key, _location, numel = pid[:5]
+        if len(pid) > 5 and pid[5] is not None:
+            raise pickle.UnpicklingError("a storage that is a view of another one")
+        if not isinstance(dtype, torch.dtype) or not isinstance(numel, int) or numel < 0:
+            raise pickle.UnpicklingError(f"a storage of {numel!r} numbers of {dtype!r}")
+        record = self._storages.setdefault(str(key), StorageRecord(dtype, numel, key=str(key)))
+        if (record.dtype, record.numel) != (dtype, numel):
+            raise pickle.UnpicklingError(f"storage {key} is named with two sizes or types")
+        return record
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRecord:
+    return _record(storage, offset, size, stride, None)
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *rest: Any
+) -> TensorRecord:
+    return _record(storage, offset, size, stride, dtype)
+
+
+def _record(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any) -> TensorRecord:
+    numbers = (offset, *size, *stride)
+    if not isinstance(storage, StorageRecord) or not isinstance(dtype, torch.dtype | None):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    if len(size) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise pickle.UnpicklingError(f"a tensor of size {size} and stride {stride}")
+    return TensorRecord(storage, offset, tuple(size), tuple(stride), dtype)
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _nested_storage(content: Any) -> StorageRecord:
+    if not isinstance(content, bytes):
+        raise pickle.UnpicklingError("a nested storage that is not bytes")
+    return StorageRecord(torch.uint8, -1, nested=content)
+
+
+def _latin1_bytes(text: Any, encoding: Any = "latin1") -> bytes:
+    """How protocols 0 to 2 write bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
+def _reconstructor(cls: Any, *_: Any) -> Stub:
+    return cls() if isinstance(cls, type) and issubclass(cls, Stub) else Stub()
+
+
+_REBUILDERS: Final = {
+    ("torch._utils", "_rebuild_tensor"): _Rebuilder(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuilder(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Rebuilder(_rebuild_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): _Rebuilder(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Rebuilder(_rebuild_parameter),
+    ("torch.storage", "_load_from_bytes"): _Rebuilder(_nested_storage),
+    ("_codecs", "encode"): _Rebuilder(_latin1_bytes),
+    ("copyreg", "_reconstructor"): _Rebuilder(_reconstructor),
+    ("copy_reg", "_reconstructor"): _Rebuilder(_reconstructor),
+}
