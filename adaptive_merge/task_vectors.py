@@ -176,11 +176,13 @@ class TaskVectors:
     def select(self, tasks: Iterable[str]) -> TaskVectors:
         """The bank of some tasks only, in the order given."""
         tasks = tuple(tasks)
-        for task in tasks:
-            if task not in self.tasks:
-                raise InputError(f"there is no task {task!r} in this bank{did_you_mean(task, self.tasks)}")
-        rows = self.vectors[[self.tasks.index(task) for task in tasks]]
+        rows = self.vectors[[self._row(task) for task in tasks]]
         return TaskVectors(tasks, self.layout, self.pretrained, rows, self.buffers)
+
+    def _row(self, task: str) -> int:
+        if task not in self.tasks:
+            raise InputError(f"there is no task {task!r} in this bank{did_you_mean(task, self.tasks)}")
+        return self.tasks.index(task)
 
     def with_vectors(self, vectors: Tensor) -> TaskVectors:
         """The bank with other task vectors [T, P]: what a transform returns."""
@@ -212,7 +214,7 @@ class TaskVectors:
 
     def expert(self, task: str) -> dict[str, Tensor]:
         """The state dict θ₀ + τₜ of one expert, as it was before the merge."""
-        row = self.select([task]).vectors[0]
+        row = self.vectors[self._row(task)]
         return self.layout.unflatten(self.pretrained + row.float()) | dict(self.buffers)
 
     def save(self, path: str | Path) -> None:
