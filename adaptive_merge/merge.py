@@ -9,6 +9,7 @@ allocate P zeros).
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -156,10 +157,10 @@ class MergedBackbone(nn.Module):
         return tuple(dict.fromkeys(block for block in self.task_vectors.layout.blocks if block))
 
     def block_width(self) -> int:
-        """Channels of a block's output: those of its first norm or bias, which every transformer block starts with."""
+        """Channels of a block's output: the usual length of its vectors, for norms and output biases have it."""
         layout = self.task_vectors.layout
-        first = next(shape for shape, block in zip(layout.shapes, layout.blocks) if block and len(shape) == 1)
-        return first[0]
+        lengths = [shape[0] for shape, block in zip(layout.shapes, layout.blocks) if block and len(shape) == 1]
+        return statistics.mode(lengths)
 
     def forward(
         self,

@@ -73,7 +73,7 @@ def load_suite(name: str = "embedded", tasks: list[str] | None = None, split: Li
             raise InputError(f"suite {name!r} has no task {task!r}{did_you_mean(task, known)}")
     backbone = build_encoder()
     backbone.image_mean, backbone.image_std = tuple(manifest["mean"]), tuple(manifest["std"])
-    pretrained = _read_tensors(folder, "pretrained.safetensors", manifest)
+    pretrained = _in_order(backbone, _read_tensors(folder, "pretrained.safetensors", manifest), folder)
     heads = _read_tensors(folder, "heads.safetensors", manifest)
     try:
         bank = TaskVectors.from_state_dicts(pretrained, _Experts(folder, chosen, manifest))
@@ -130,6 +130,16 @@ def _read_tensors(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str
         return load_file(path)
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _in_order(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors in the backbone's order: a safetensors file gives them sorted by name."""
+    wanted = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
+    for name in (name for name in wanted if name not in state):
+        raise InputError(f"{folder / 'pretrained.safetensors'}: tensor {name!r} of the encoder is missing")
+    for name in (name for name in state if name not in wanted):
+        raise InputError(f"{folder / 'pretrained.safetensors'}: tensor {name!r} is not in the encoder")
+    return {name: state[name] for name in wanted}
 
 
 def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) -> Images:
