@@ -31,15 +31,16 @@ _WIDEN = 1 << 20
 
 
 @torch.no_grad()
-def combine(bank: TaskVectors, coefficients: Tensor, group_of: Sequence[int]) -> Tensor:
+def combine(bank: TaskVectors, coefficients: Tensor, group_of: Sequence[int], out: Tensor | None = None) -> Tensor:
     """θ₀ + Σₜ λ_{t,g(p)} τ_{t,p} as one flat buffer [P], float32.
 
     Args:
         bank: θ₀ and T task vectors.
         coefficients: Λ [T, G].
         group_of: for each parameter of the bank, the column of Λ that weighs it.
+        out: a buffer [P] to write to. On a CPU a new one costs more than the merge: its pages fault one by one.
     """
-    merged = torch.empty_like(bank.pretrained)
+    merged = torch.empty_like(bank.pretrained) if out is None else out
     weights = coefficients.to(bank.pretrained)
     for group, part in _runs(bank, group_of):
         for piece in _pieces(bank, part):
@@ -127,7 +128,7 @@ class MergedBackbone(nn.Module):
         self.__dict__["skeleton"] = _without_weights(backbone)
         buffers = dict(backbone.named_buffers()) | dict(task_vectors.buffers)
         self.__dict__["constants"] = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-        self.__dict__["_kept"] = None
+        self.__dict__["_kept"] = self.__dict__["_scratch"] = None
 
     def merge(self) -> dict[str, Tensor]:
         """The merged parameters by name; differentiable in Λ where Λ learns, kept where it does not."""
@@ -140,11 +141,17 @@ class MergedBackbone(nn.Module):
         return dict(zip(self.task_vectors.names, views))
 
     def merge_with(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """The merged parameters for other coefficients: [T, G] of the same groups, or [T] for all; no gradient."""
-        if coefficients.dim() == 1:
-            coefficients = coefficients[:, None].expand(-1, len(self.coefficients.groups))
+        """The merged parameters for other coefficients [T, G] of the same groups; no gradient."""
         flat = combine(self.task_vectors, coefficients.detach(), self.coefficients.group_of)
         return self.task_vectors.layout.unflatten(flat)
+
+    def merge_leaves(self) -> dict[str, Tensor]:
+        """The merged parameters as leaves that collect gradients, in a buffer that the next call writes over."""
+        bank = self.task_vectors
+        if self._scratch is None or self._scratch.device != bank.device:
+            self.__dict__["_scratch"] = torch.empty_like(bank.pretrained)
+        flat = combine(bank, self.coefficients().detach(), self.coefficients.group_of, self._scratch)
+        return {name: value.requires_grad_() for name, value in bank.layout.unflatten(flat).items()}
 
     def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """∂L/∂Λ [T, G] from the gradients of the merged parameters."""

@@ -51,9 +51,7 @@ def per_task(
     backbone = model.backbone
     learns = backbone.coefficients.values.requires_grad
     coefficients = backbone.coefficients()
-    weights = backbone.merge_with(coefficients) if learns else backbone.merge()
-    if learns:
-        weights = {name: value.requires_grad_() for name, value in weights.items()}
+    weights = backbone.merge_leaves() if learns else backbone.merge()
     live = {
         f"adapters.{name}": parameter
         for name, parameter in model.adapters.named_parameters()

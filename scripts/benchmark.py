@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
+import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import open_clip
 import torch
@@ -43,6 +46,7 @@ CONTENDERS = ("floor", "ours", "naive")
 def build(model: str) -> nn.Module:
     """The tower with random weights."""
     torch.manual_seed(0)
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random, which is meant
     return build_encoder() if model == "embedded" else open_clip.create_model("ViT-B-32").visual
 
 
@@ -176,7 +180,8 @@ def merges(bank) -> Iterator[tuple[str, Callable[[], object]]]:
         torch.full((len(bank.tasks), len(bank.names)), 0.3, device=bank.device),
     )
     gradients = [torch.ones(shape, device=bank.device) for shape in bank.layout.shapes]
-    yield "merge", lambda: combine(bank, coefficients, groups)
+    buffer = torch.empty_like(bank.pretrained)
+    yield "merge", lambda: combine(bank, coefficients, groups, buffer)
     yield "gradient", lambda: project(bank, gradients, groups, len(groups))
     leaf = coefficients.clone().requires_grad_()
 
@@ -192,14 +197,18 @@ def peak_of(contender: str, model: str, tasks: int, images: int, device: str, re
     # The floor has plain weights and no bank.
     parts = workload(model, tasks, images, device, with_bank=contender != "floor")
     step = globals()[contender](*parts)
+    del parts  # what the step needs, it holds: ours does without the backbone's own weights
     for _ in range(2):
         step()
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    report.send(peak)
+    report.send(torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak())
+
+
+def resident_peak() -> int:
+    """Bytes. `ru_maxrss` will not do on Linux: a process inherits the size of the one that started it."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak(contender: str, *setting) -> int | None:
