@@ -118,12 +118,17 @@ class AdaptiveMerge(pl.LightningModule):
     @property
     def stage(self) -> Stage:
         """The stage that the run has reached: a function of the steps taken, so that a resumed run agrees."""
-        left = self.global_step if self._trainer else 0
+        left = self.global_step
         for stage in self.stages[:-1]:
             if left < stage.steps:
                 return stage
             left -= stage.steps
         return self.stages[-1]
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """Everything that learns, in any stage."""
+        return [*([self.coefficients.values] if self.coefficients.trainable else []), *self.model.adapters.parameters()]
 
     def forward(self, task: str, images: Tensor) -> Tensor:
         """Logits [B, C] of the adapted model for images of one task."""
@@ -135,29 +140,27 @@ class AdaptiveMerge(pl.LightningModule):
         kept, entropies = {}, {}
 
         def loss_of(task: str, prediction: Prediction) -> Tensor:
-            source = self._source(task)
-            expert = (
-                self.views.expert(task, batch[task], source, objective.needs_blocks) if objective.needs_expert else None
-            )
+            entropies[task] = normalised_entropy(prediction.logits)
+            expert = None
+            if objective.needs_expert:
+                expert = self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
+            losses = objective.losses(prediction, expert)
+            if not objective.filters:
+                return losses.mean()
             keep = objective.keep(prediction, expert)
-            share = self._mean_over_ranks(keep.float().mean())
-            kept[task], entropies[task] = share, normalised_entropy(prediction.logits)
+            kept[task] = self._mean_over_ranks(keep.float().mean())
             # A mean over the images kept on all ranks: DDP averages the ranks' gradients, and their batches are
             # of one size, so each rank divides by its size times the share that is kept on average.
-            return objective.losses(prediction, expert).where(keep, 0.0).mean() / share.clamp_min(1e-12)
+            return losses.where(keep, 0.0).mean() / kept[task].clamp_min(1e-12)
 
         if self._joint(objective):
             loss = steps.joint(self.model, batch, loss_of)
         else:
-            known = (
-                {}
-                if objective.needs_blocks
-                else {task: self.views.features(task, part, self._source(task)) for task, part in batch.items()}
-            )
+            parts = {} if objective.needs_blocks else batch
+            known = {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
             loss = steps.per_task(self.model, batch, loss_of, known, objective.needs_blocks)
-        self._log_step(loss, kept, entropies)
-        filtered = type(objective).keep is not Objective.keep
-        return None if filtered and not any(kept.values()) else loss
+        self._log_step(loss, entropies, kept)
+        return None if kept and not any(kept.values()) else loss
 
     def setup(self, stage: str) -> None:
         """Make plain DDP fit: a step may use some tasks' adapters only, and there is no buffer to broadcast."""
@@ -191,7 +194,7 @@ class AdaptiveMerge(pl.LightningModule):
             return None
         self.check_learns()
         groups = [
-            {"params": [p for p in self.coefficients.parameters() if p.requires_grad], "lr": self.lr},
+            {"params": [self.coefficients.values] if self.coefficients.trainable else [], "lr": self.lr},
             {"params": list(self.model.adapters.parameters()), "lr": self.adapter_lr},
         ]
         kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
@@ -204,12 +207,13 @@ class AdaptiveMerge(pl.LightningModule):
         self.coefficients.project_()
 
     def on_fit_end(self) -> None:
-        """Keep what the cache has learned about the images."""
+        """Keep what the cache has learned about the images; let go of the expert that was asked last."""
         self.views.outputs.flush()
+        self.views.release()
 
     def check_learns(self) -> None:
         """InputError where nothing learns."""
-        if not any(parameter.requires_grad for parameter in self.parameters()):
+        if not self.learned:
             raise InputError(
                 f"recipe {self.recipe!r} has nothing to learn: its coefficients are fixed and it has no adapters; "
                 "set trainer.max_steps to 0 to score it, or use `merge`"
@@ -266,11 +270,12 @@ class AdaptiveMerge(pl.LightningModule):
             wanted and self.model.shares_tower and self.coefficients.values.requires_grad and not objective.needs_blocks
         )
 
-    def _log_step(self, loss: Tensor, kept: Mapping[str, Tensor], entropies: Mapping[str, Tensor]) -> None:
+    def _log_step(self, loss: Tensor, entropies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log("train/entropy", torch.stack(list(entropies.values())).mean(), prog_bar=True, batch_size=1)
-        self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
         self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
+        if kept:
+            self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         many = self._trainer is not None and self._trainer.world_size > 1

@@ -59,13 +59,16 @@ class Objective(ABC):
     needs_blocks: bool = False
     """Whether it looks at the tower's blocks."""
 
+    filters: bool = False
+    """Whether `keep` may leave images out."""
+
     @abstractmethod
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
         """The loss of each image, [B]; `expert` is the frozen expert's prediction for the same images."""
 
     def keep(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        """Which images count, bool [B]; not differentiated. Default: all."""
-        return torch.ones(len(prediction.logits), dtype=torch.bool, device=prediction.logits.device)
+        """Which images count, bool [B]; not differentiated. Asked where `filters` is true; default: all."""
+        return torch.ones_like(prediction.logits[:, 0], dtype=torch.bool)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -149,15 +152,13 @@ class PseudoLabel(Objective):
     needs_expert = True
 
     def __init__(self, soft: bool = False, confident: bool = False) -> None:
-        self.soft, self.confident = soft, confident
+        self.soft, self.filters = soft, confident
 
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
         target = expert.logits.softmax(-1) if self.soft else expert.logits.argmax(-1)
         return F.cross_entropy(prediction.logits, target, reduction="none")
 
     def keep(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        if not self.confident:
-            return super().keep(prediction, expert)
         return confidence_filter(prediction.logits.detach(), expert.logits)
 
 

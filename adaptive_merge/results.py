@@ -59,7 +59,7 @@ def summary(
         "steps": steps,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": peak_memory(),
-        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "trainable_parameters": sum(parameter.numel() for parameter in module.learned),
         "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
         "experts": {task: module.experts.fingerprints[task] for task in module.tasks},
     }

@@ -41,10 +41,9 @@ class FrozenViews:
             return self._expert_weights(task)
         backbone = self.model.backbone
         if view == "adapted":
-            coefficients, version = backbone.coefficients(), backbone.coefficients.values._version
-        else:
-            coefficients, version = self.initial * (view == "initial"), 0
-        return self._hold((view, version), lambda: backbone.merge_with(coefficients.to(backbone.task_vectors.device)))
+            return self._hold((view, backbone.coefficients.values._version), backbone.merge)
+        coefficients = self.initial if view == "initial" else torch.zeros_like(self.initial)
+        return self._hold(view, lambda: backbone.merge_with(coefficients))
 
     def release(self) -> None:
         """Let go of the weights that were made last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from adaptive_merge.merge import MergedBackbone
 __all__ = ["Adapter"]
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """Per-task parameters. Subclasses override the places they change; all others stay the identity.
 
     `bind` sizes the parameters once backbone and heads are known. They are kept in `nn.ParameterList`s in the
@@ -31,9 +32,9 @@ class Adapter(nn.Module):
         self.create(backbone, heads)
         return self
 
+    @abstractmethod
     def create(self, backbone: MergedBackbone, heads: Mapping[str, Tensor]) -> None:
         """Create the parameters; `self.tasks` is set."""
-        raise NotImplementedError
 
     def weights(self, task: str, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The tower's parameters for this task."""

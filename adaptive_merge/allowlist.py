@@ -1,0 +1,79 @@
+"""What a configuration may name: a YAML file is read as settings, not as a way to import and call anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from jsonargparse import set_parsing_settings
+
+from adaptive_merge.errors import InputError
+
+__all__ = ["ALLOWED", "VARIABLE", "explain", "restrict_imports"]
+
+VARIABLE = "ADAPTIVE_MERGE_ALLOW"
+ALLOWED = (
+    "adaptive_merge",
+    "pytorch_lightning.accelerators",
+    "pytorch_lightning.callbacks",
+    "pytorch_lightning.loggers",
+    "pytorch_lightning.plugins",
+    "pytorch_lightning.profilers",
+    "pytorch_lightning.strategies",
+    # Where some of the above are defined.
+    "lightning_fabric.accelerators",
+    "lightning_fabric.loggers",
+    "lightning_fabric.plugins",
+    "lightning_fabric.strategies",
+)
+_OPTION = "--allow-import"
+_opened: set[str] = set()
+
+
+def restrict_imports(arguments: Sequence[str]) -> list[str]:
+    """From here on, class paths and callables in configurations are of this package and Lightning's parts only.
+
+    jsonargparse then refuses any other path before it imports the module. `--allow-import PACKAGE`, which may be
+    repeated, and a comma-separated list in ADAPTIVE_MERGE_ALLOW add to them.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        The arguments without the option.
+    """
+    rest, opened = _take(arguments)
+    opened += [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    for name in opened:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise InputError(f"{_OPTION} {name!r}: give the name of a package, such as my_methods")
+    # The settings are the process's: what an earlier call has opened does not stay open.
+    closed = sorted(_opened - set(opened) - set(ALLOWED))
+    try:
+        set_parsing_settings(import_path_denylist=["*", *closed], import_path_allowlist=[*ALLOWED, *opened])
+    except ValueError as error:
+        raise InputError(f"{_OPTION}: {error}") from error
+    _opened.update(opened)
+    return rest
+
+
+def explain(error: Exception) -> str:
+    """What to tell the user about an error of the parser."""
+    if "denied by the" not in str(error):
+        return str(error)
+    told = str(error).replace("Add the import path to import_path_allowlist in set_parsing_settings to allow it.", "")
+    return f"{told.strip()} A configuration can run what it names: if you trust it, add {_OPTION} PACKAGE"
+
+
+def _take(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    rest: list[str] = []
+    opened: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        if argument == _OPTION:
+            opened.append(next(left, ""))
+        elif argument.startswith(f"{_OPTION}="):
+            opened.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    return rest, opened
