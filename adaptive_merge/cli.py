@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from adaptive_merge import __version__
+from adaptive_merge.callbacks import protect, watchers
 from adaptive_merge.checkpoints.coefficients import save_coefficients
 from adaptive_merge.checkpoints.run import read_checkpoint
 from adaptive_merge.commands import COMMANDS
@@ -42,6 +43,11 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
 }
 CHECKPOINT_EVERY = 50
+# What a run writes, and what `overwrite` removes.
+RUN_FILES = (
+    *("config.yaml", "metrics.csv", "results.json", "coefficients.json", "report.html", "wandb.json"),
+    *("history.safetensors", "diagnostics.safetensors", "checkpoints"),
+)
 
 
 def run(arguments: list[str]) -> None:
@@ -99,6 +105,8 @@ class AdaptiveMergeCLI(LightningCLI):
             help="what to do with a folder that holds a run: nothing, go on from its last checkpoint, or replace it",
         )
 
+        parser.add_argument("--run.report", type=bool, default=True, help="write report.html at the end of `fit`")
+
     @property
     def settings(self) -> Namespace:
         """The parsed configuration of the chosen subcommand."""
@@ -119,17 +127,22 @@ class AdaptiveMergeCLI(LightningCLI):
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():
             settings.ckpt_path = str(last)
-        elif settings.ckpt_path is None:
-            _clear_way(self.folder, settings.run.if_exists)
+        elif settings.ckpt_path is None and settings.run.if_exists != "overwrite":
+            _refuse_run(self.folder)
         self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer; for `fit` with a CSV log and the last checkpoint always on, beside what the user asks for."""
         if self.subcommand != "fit":
             return super().instantiate_trainer(logger=False, **kwargs)
-        wanted = self.config_init[self.subcommand].trainer.logger
+        asked = self.config_init[self.subcommand].trainer
+        wanted, bar = asked.logger, asked.enable_progress_bar is not False
         others = wanted if isinstance(wanted, list) else [wanted] if wanted not in (None, True, False) else []
-        trainer = super().instantiate_trainer(logger=[RunLog(self.folder, self.resumed_at), *others], **kwargs)
+        others = [protect(logger, self.folder, self.resumed_at > 0) for logger in others]
+        asked = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
+        trainer = super().instantiate_trainer(
+            logger=[RunLog(self.folder, self.resumed_at), *others], callbacks=watchers(asked, progress=bar), **kwargs
+        )
         last = ModelCheckpoint(
             self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
         )
@@ -140,6 +153,8 @@ class AdaptiveMergeCLI(LightningCLI):
         """Refuse to train nothing, before anything is written."""
         if self.trainer.max_steps != 0:
             self.model.check_learns()
+        if self.settings.run.if_exists == "overwrite" and not self.settings.ckpt_path:
+            _remove_run(self.folder)  # only now that nothing more can be wrong with the new one
         self.loaded = time.perf_counter()
 
     def after_fit(self) -> None:
@@ -162,6 +177,10 @@ class AdaptiveMergeCLI(LightningCLI):
             sizes={task: len(images) for task, images in self.datamodule.images.items()},
         )
         _publish(results, self.folder)
+        if self.trainer.is_global_zero and self.settings.run.report:
+            from adaptive_merge.report.html import report_run  # here, because matplotlib takes a second to import
+
+            report_run(self.folder)
 
     def after_validate(self) -> None:
         """Print the accuracies of the view that was validated."""
@@ -201,18 +220,17 @@ class _SaveConfig(SaveConfigCallback):
 
 
 @rank_zero_only
-def _clear_way(folder: Path, if_exists: str) -> None:
-    written = [
-        path
-        for name in ("config.yaml", "metrics.csv", "results.json", "coefficients.json", "checkpoints")
-        if (path := folder / name).exists()
-    ]
-    if written and if_exists != "overwrite":
+def _refuse_run(folder: Path) -> None:
+    if any((folder / name).exists() for name in RUN_FILES):
         raise InputError(
             f"{folder} already holds a run; choose another --run.name, or --run.if_exists resume or overwrite"
         )
-    for path in written:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@rank_zero_only
+def _remove_run(folder: Path) -> None:
+    for path in (folder / name for name in RUN_FILES):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @rank_zero_only

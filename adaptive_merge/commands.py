@@ -48,6 +48,13 @@ def _inspect(arguments: list[str]) -> None:
     _say(json.dumps(describe(parser.parse_args(arguments).path), indent=2))
 
 
+def _report(arguments: list[str]) -> None:
+    """Write one HTML file about a run, or about several side by side."""
+    from adaptive_merge.report.command import report_command  # here, because matplotlib takes a second to import
+
+    report_command(arguments)
+
+
 def describe(path: str | Path) -> dict[str, Any]:
     """What a file or run folder of ours holds, as plain values.
 
@@ -113,4 +120,4 @@ def _say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"merge": _merge, "inspect": _inspect}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"merge": _merge, "inspect": _inspect, "report": _report}

@@ -169,13 +169,12 @@ class AdaptiveMerge(pl.LightningModule):
             options = {"find_unused_parameters": True, "broadcast_buffers": False, "gradient_as_bucket_view": True}
             self.trainer.strategy._ddp_kwargs = options | self.trainer.strategy._ddp_kwargs
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Count the correct predictions of one labelled batch of one task, for the view in force."""
-        task = batch["task"]
-        logits = self.model(
-            task, batch["image"], self.views.weights(self.view, task), adapted=self.view == "adapted"
-        ).logits
-        self.accuracy[self.tasks.index(task)].update(logits, batch["label"])
+        task, adapted = batch["task"], self.view == "adapted"
+        prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
+        self.accuracy[self.tasks.index(task)].update(prediction.logits, batch["label"])
+        return {"features": prediction.features, "logits": prediction.logits}
 
     def on_validation_epoch_end(self) -> None:
         """Log `<view>/<task>/accuracy` and the mean over tasks, and start the next count."""

@@ -40,7 +40,8 @@ def test_the_regime_of_the_literature_on_a_part_of_the_images(suite):
         return (logits.argmax(1) == images.labels[index]).float().mean().item()
 
     module = am.TaskArithmetic(suite.task_vectors, suite.backbone, suite.heads)
-    means = {view: sum(accuracy(view, task) for task in suite.images) / 8 for view in ("pretrained", "initial", "individual")}
+    views = ("pretrained", "initial", "individual")
+    means = {view: sum(accuracy(view, task) for task in suite.images) / 8 for view in views}
     assert means["individual"] > 0.92
     assert means["pretrained"] < 0.70
     assert means["pretrained"] < means["initial"] < means["individual"] - 0.12

@@ -58,6 +58,8 @@ def test_a_run_is_not_overwritten_unless_asked(work, capsys):
     assert main(["fit", "--config", "quick.yaml"]) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (work / "runs" / "quick" / "results.json").read_bytes() == before
+    assert main(["fit", "--config", "quick.yaml", "--run.if_exists", "overwrite", "--suite.tasks", "[grey]"]) == 2
+    assert (work / "runs" / "quick" / "results.json").read_bytes() == before
     assert main(["fit", "--config", "quick.yaml", "--run.if_exists", "overwrite"]) == 0
 
 

@@ -1,0 +1,194 @@
+"""Figures of what the models see and say: features, interference between tasks, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from adaptive_merge.report.style import (
+    DIVERGING,
+    MUTED,
+    PAPER,
+    PRINT,
+    SEQUENTIAL,
+    VIEW_COLOURS,
+    VIEW_NAMES,
+    canvas,
+    colour,
+    label,
+    legend,
+    styled,
+    tune,
+)
+
+__all__ = [
+    "calibration_error",
+    "cosine_matrix",
+    "cross_accuracy",
+    "project_features",
+    "projection",
+    "reliability",
+    "representation_distance",
+]
+
+_BINS = 15  # of the expected calibration error, as in Guo et al., ICML 2017
+
+
+@styled
+def representation_distance(before: Mapping[str, float], after: Mapping[str, float]) -> Figure:
+    """Mean L1 distance between merged and expert features per task, before and after the adaptation.
+
+    Args:
+        before: task → distance of the merge that the run started from.
+        after: task → distance of the adapted model (with surgery, after the surgery).
+    """
+    tasks = sorted(before, key=lambda task: before[task])
+    figure, (axes,) = canvas(4.8, 0.9 + 0.32 * len(tasks))
+    for place, task in enumerate(tasks):
+        axes.plot([before[task], after[task]], [place, place], color=MUTED, linewidth=1, zorder=1)
+    for values, view, name in ((before, "initial", "merged"), (after, "adapted", "adapted")):
+        axes.scatter([values[task] for task in tasks], range(len(tasks)), 34, VIEW_COLOURS[view], label=name, zorder=2)
+    axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
+    axes.set_xlim(left=0)
+    axes.set_ylim(-0.6, len(tasks) - 0.4)
+    tune(axes, x="mean |feature − expert's feature|", grid="x")
+    legend(axes)
+    return figure
+
+
+def project_features(
+    features: Mapping[str, np.ndarray], method: Literal["pca", "tsne"] = "pca", seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Several models' features [n, d] of the same images on one plane: name → [n, 2].
+
+    t-SNE needs scikit-learn, which comes with the extra `report`.
+    """
+    rows = np.concatenate([np.asarray(part, float) for part in features.values()])
+    rows = rows - rows.mean(0)
+    if method == "pca":
+        _, _, axes = np.linalg.svd(rows, full_matrices=False)
+        plane = rows @ axes[:2].T
+    else:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, max(2.0, (len(rows) - 1) / 4))
+        plane = TSNE(perplexity=perplexity, init="pca", random_state=seed, max_iter=500).fit_transform(rows)
+    if plane.shape[1] < 2:
+        plane = np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+    ends = np.cumsum([len(part) for part in features.values()])[:-1]
+    return dict(zip(features, np.split(plane, ends)))
+
+
+@styled
+def projection(points: Mapping[str, np.ndarray], labels: Sequence[int], title: str = "") -> Figure:
+    """Features of one task on a plane, a panel a model, a colour a class, all panels on the same axes.
+
+    Args:
+        points: `"individual"`, `"initial"`, `"adapted"` (or other names) → [n, 2].
+        labels: class of each image [n].
+        title: what was projected and how.
+    """
+    figure, panels = canvas(4.8, 2.25, columns=len(points))
+    everything = np.concatenate(list(points.values()))
+    low, high = everything.min(0), everything.max(0)
+    room = 0.06 * np.maximum(high - low, 1e-9)
+    for axes, (name, plane) in zip(panels, points.items()):
+        axes.scatter(plane[:, 0], plane[:, 1], 5, [colour(int(kind)) for kind in labels], linewidths=0, alpha=0.85)
+        axes.set_xlim(low[0] - room[0], high[0] + room[0])
+        axes.set_ylim(low[1] - room[1], high[1] + room[1])
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(True)
+        axes.spines[:].set_alpha(0.4)
+        tune(axes, {"individual": "expert"}.get(name, VIEW_NAMES.get(name, label(name))), grid=None)
+    if title:
+        figure.supxlabel(title, fontsize=8.5, color=MUTED)
+    return figure
+
+
+@styled
+def cosine_matrix(tasks: Sequence[str], cosines: np.ndarray) -> Figure:
+    """Cosine between task vectors [T, T]: near 0 they do not disturb each other."""
+    values = np.asarray(cosines, float)
+    off = values[~np.eye(len(values), dtype=bool)]
+    reach = max(0.05, float(np.abs(off).max(initial=0.0)))
+    shown = np.where(np.eye(len(values), dtype=bool), np.nan, values)
+    figure = _matrix(tasks, shown, "{:.2f}", DIVERGING, (-reach, reach))
+    tune(figure.axes[0], grid=None, x="task vector", y="task vector")
+    return figure
+
+
+@styled
+def cross_accuracy(tasks: Sequence[str], accuracies: np.ndarray) -> Figure:
+    """Accuracy [T, T] in [0, 1] of the expert of task i (row) on the images of task j (column)."""
+    figure = _matrix(tasks, 100 * np.asarray(accuracies, float), "{:.0f}", SEQUENTIAL, (0, 100))
+    tune(figure.axes[0], grid=None, x="images of", y="expert of")
+    return figure
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = _BINS) -> float:
+    """ECE: Σ over bins of (share of images) · |accuracy − mean confidence|."""
+    return float(sum(share * abs(right - sure) for sure, right, share in _bin(confidence, correct, bins)))
+
+
+@styled
+def reliability(models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Accuracy over confidence: below the diagonal a model is surer than it should be.
+
+    Args:
+        models: view or name → (confidence [n] in [0, 1], correct [n] as 0 or 1).
+    """
+    figure, (axes,) = canvas(4.8, 3.4)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
+    for index, (name, (confidence, correct)) in enumerate(models.items()):
+        bins = [entry for entry in _bin(confidence, correct, _BINS) if entry[2] > 0]
+        sure, right, share = (np.array(column) for column in zip(*bins)) if bins else (np.zeros(0),) * 3
+        ece = calibration_error(confidence, correct)
+        shade = VIEW_COLOURS.get(name, colour(index))
+        text = f"{VIEW_NAMES.get(name) or label(name, 16)}, ECE {100 * ece:.1f} %"
+        axes.plot(sure, right, color=shade, linewidth=1.3, label=text)
+        axes.scatter(sure, right, 6 + 90 * share, shade, linewidths=0, alpha=0.8)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    tune(axes, x="confidence", y="accuracy")
+    legend(axes)
+    return figure
+
+
+def _bin(confidence: np.ndarray, correct: np.ndarray, bins: int) -> list[tuple[float, float, float]]:
+    """(mean confidence, accuracy, share of images) of each bin that holds images."""
+    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    place = np.clip((confidence * bins).astype(int), 0, bins - 1)
+    return [
+        (confidence[inside].mean(), correct[inside].mean(), inside.mean())
+        for number in range(bins)
+        if (inside := place == number).any()
+    ]
+
+
+def _matrix(tasks: Sequence[str], values: np.ndarray, form: str, colours, limits: tuple[float, float]) -> Figure:
+    """A square of colours with a number in each cell."""
+    size = len(tasks)
+    figure, (axes,) = canvas(4.8, 1.35 + 0.33 * max(size, 3))
+    axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+    axes.set_xticks(range(size), [label(task, 14) for task in tasks], rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(size), [label(task, 14) for task in tasks])
+    for row, column in np.ndindex(size, size):
+        value = values[row, column]
+        if np.isfinite(value):
+            part = (value - limits[0]) / (limits[1] - limits[0])
+            dark = part > 0.55 if colours is SEQUENTIAL else abs(part - 0.5) > 0.4
+            axes.text(
+                column,
+                row,
+                form.format(value).replace("-0.00", "0.00"),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=PAPER if dark else PRINT,
+            )
+    axes.spines[:].set_visible(False)
+    return figure
