@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         sys.stderr.write(f"adaptive-merge: {error}\n")
-        return EXIT_USAGE
+        return getattr(error, "exit_code", EXIT_USAGE)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jsonargparse
 import yaml
-from jsonargparse import Namespace, class_from_function
+from jsonargparse import Namespace, class_from_function, dict_to_namespace
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -19,8 +19,11 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from adaptive_merge import __version__
+from adaptive_merge.allowlist import explain, restrict_imports
 from adaptive_merge.callbacks import protect, watchers
+from adaptive_merge.callbacks.safeguards import safeguards
 from adaptive_merge.checkpoints.coefficients import save_coefficients
+from adaptive_merge.checkpoints.io import AtomicCheckpointIO, check_writable
 from adaptive_merge.checkpoints.run import read_checkpoint
 from adaptive_merge.commands import COMMANDS
 from adaptive_merge.data import Suite, TaskStream, load_suite
@@ -28,6 +31,7 @@ from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.files import save_json
 from adaptive_merge.loggers import RunLog
 from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.report.privacy import scrub
 from adaptive_merge.results import score, summary, table
 
 __all__ = ["AdaptiveMergeCLI", "load_run", "run"]
@@ -53,13 +57,14 @@ RUN_FILES = (
 def run(arguments: list[str]) -> None:
     """Run one command; raises AdaptiveMergeError for what the user has to mend."""
     _quiet()
+    arguments = restrict_imports(arguments)
     if arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]](arguments[1:])
         return
     try:
         AdaptiveMergeCLI(args=arguments)
     except jsonargparse.ArgumentError as error:
-        raise InputError(str(error)) from error
+        raise InputError(explain(error)) from error
 
 
 class AdaptiveMergeCLI(LightningCLI):
@@ -107,6 +112,9 @@ class AdaptiveMergeCLI(LightningCLI):
 
         parser.add_argument("--run.report", type=bool, default=True, help="write report.html at the end of `fit`")
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets the hyper-parameters in a checkpoint choose the configuration here; we do not."""
+
     @property
     def settings(self) -> Namespace:
         """The parsed configuration of the chosen subcommand."""
@@ -124,10 +132,12 @@ class AdaptiveMergeCLI(LightningCLI):
             return
         settings = self.settings
         settings.weights_only = True
+        check_writable(self.folder)
+        settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(self.folder)
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():
             settings.ckpt_path = str(last)
-        elif settings.ckpt_path is None and settings.run.if_exists != "overwrite":
+        elif settings.ckpt_path is None and settings.run.if_exists == "refuse":
             _refuse_run(self.folder)
         self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
 
@@ -146,14 +156,15 @@ class AdaptiveMergeCLI(LightningCLI):
         last = ModelCheckpoint(
             self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
         )
-        trainer.callbacks.append(last)
+        trainer.callbacks.extend([*safeguards(self.folder, trainer.callbacks), last])
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:
         """Refuse to train nothing, before anything is written."""
         if self.trainer.max_steps != 0:
             self.model.check_learns()
-        if self.settings.run.if_exists == "overwrite" and not self.settings.ckpt_path:
+        if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
             _remove_run(self.folder)  # only now that nothing more can be wrong with the new one
         self.loaded = time.perf_counter()
 
@@ -216,6 +227,7 @@ class _SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self.config = dict_to_namespace(scrub(self.config.as_dict()))
             super().setup(trainer, pl_module, stage)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
 from adaptive_merge.checkpoints.run import read_checkpoint
+from adaptive_merge.doctor import doctor
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.files import save_tensors
 
@@ -120,4 +121,9 @@ def _say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"merge": _merge, "inspect": _inspect, "report": _report}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "merge": _merge,
+    "inspect": _inspect,
+    "report": _report,
+    "doctor": doctor,
+}

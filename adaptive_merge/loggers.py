@@ -25,7 +25,7 @@ class RunLog(CSVLogger):
     """
 
     def __init__(self, folder: Path, resumed_at: int = 0) -> None:
-        super().__init__(folder.parent, name=folder.name, version="")
+        super().__init__(folder.parent, name=folder.name, version="", flush_logs_every_n_steps=1)
         self._resumed_at = resumed_at
 
     @property

@@ -102,6 +102,7 @@ class AdaptiveMerge(pl.LightningModule):
         self.accuracy = nn.ModuleList(
             MulticlassAccuracy(max(len(heads[task]), 2), average="micro") for task in self.tasks
         )
+        self._nothing_kept = True  # since the last optimiser step
         self.view: View = "adapted"
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
 
@@ -134,8 +135,8 @@ class AdaptiveMerge(pl.LightningModule):
         """Logits [B, C] of the adapted model for images of one task."""
         return self.model(task, images).logits
 
-    def training_step(self, batch: steps.Batch, batch_idx: int) -> Tensor | None:
-        """One update on unlabelled batches, task → {"image", "index"}; None where a filter kept no image."""
+    def training_step(self, batch: steps.Batch, batch_idx: int) -> Tensor:
+        """One update on unlabelled batches, task → {"image", "index"}."""
         objective = self._enter(self.stage)
         kept, entropies = {}, {}
 
@@ -160,20 +161,28 @@ class AdaptiveMerge(pl.LightningModule):
             known = {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
             loss = steps.per_task(self.model, batch, loss_of, known, objective.needs_blocks)
         self._log_step(loss, entropies, kept)
-        return None if kept and not any(kept.values()) else loss
+        # Lightning cannot skip a step by returning None on several processes.
+        self._nothing_kept &= bool(kept) and not any(kept.values())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Where no image was kept on any process: without gradients Adam leaves everything alone, moments included."""
+        if self._nothing_kept:
+            optimizer.zero_grad()
 
     def setup(self, stage: str) -> None:
-        """Make plain DDP fit: a step may use some tasks' adapters only, and there is no buffer to broadcast."""
+        """Make plain DDP fit: a step may use some tasks' adapters only."""
         if isinstance(self.trainer.strategy, DDPStrategy):
             # The strategy hands these on to torch's DDP, which is built after this hook.
-            options = {"find_unused_parameters": True, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+            options = {"find_unused_parameters": bool(self.model.adapters), "gradient_as_bucket_view": True}
             self.trainer.strategy._ddp_kwargs = options | self.trainer.strategy._ddp_kwargs
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Count the correct predictions of one labelled batch of one task, for the view in force."""
         task, adapted = batch["task"], self.view == "adapted"
         prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
-        self.accuracy[self.tasks.index(task)].update(prediction.logits, batch["label"])
+        if len(batch["label"]):  # a process's share of a small task may be empty
+            self.accuracy[self.tasks.index(task)].update(prediction.logits, batch["label"])
         return {"features": prediction.features, "logits": prediction.logits}
 
     def on_validation_epoch_end(self) -> None:
@@ -204,6 +213,7 @@ class AdaptiveMerge(pl.LightningModule):
         """Step, then bring projected coefficients back into their bounds."""
         super().optimizer_step(*args, **kwargs)
         self.coefficients.project_()
+        self._nothing_kept = True
 
     def on_fit_end(self) -> None:
         """Keep what the cache has learned about the images; let go of the expert that was asked last."""

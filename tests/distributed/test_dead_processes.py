@@ -1,0 +1,78 @@
+"""A process that raises, is killed or hangs ends the job, under torchrun's own agent."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+from processes import crowding, guarded, parts, start, texts, wait
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import adaptive_merge as am
+from adaptive_merge.callbacks.preemption import Preemption
+
+
+class Accident(pl.Callback):
+    """Something happens to the last process at step 5."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_rank != trainer.world_size - 1 or trainer.global_step != 5:
+            return
+        if self.kind == "raises":
+            raise RuntimeError("planted")
+        if self.kind == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+
+def member(kind, folder):
+    bank, toy, heads, images = parts()
+    callbacks = [Preemption(Path(folder) / "last.ckpt", grace=5), Accident(kind)]
+    trainer = guarded(folder, 2, callbacks, timeout=10, max_steps=100)
+    trainer.fit(am.AdaMerging(bank, toy, heads), datamodule=am.TaskStream(images, 8))
+
+
+def agent(kind, folder):
+    """What `torchrun --nproc_per_node 2` does, with forks in place of new interpreters."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, member)(kind, str(folder))
+    except ChildFailedError:
+        return 1
+
+
+def session_of(leader):
+    """Ids of the processes of a session that are not zombies."""
+    alive = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(session) == leader and state != "Z":
+            alive.append(int(path.parent.name))
+    return alive
+
+
+def test_the_job_ends_in_time_with_an_error_and_leaves_nobody(tmp_path):
+    kinds, began = ("raises", "is killed", "hangs"), time.monotonic()
+    agents = {kind: start(agent, kind, tmp_path / kind, log=tmp_path / f"{kind}.log") for kind in kinds}
+    for kind, process in agents.items():
+        assert wait(process, 120) == 1, texts(tmp_path)
+        seconds = time.monotonic() - began
+        assert seconds <= 30 * crowding(), f"{kind}: {seconds:.0f} s"
+        assert session_of(process) == [], kind
