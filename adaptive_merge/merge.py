@@ -126,6 +126,8 @@ class MergedBackbone(nn.Module):
         self.task_vectors = task_vectors
         # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
         self.__dict__["skeleton"] = _without_weights(backbone)
+        # Looking for tied weights anew in every forward takes longer than a merge of small tensors.
+        self.tied = len(list(backbone.named_parameters(remove_duplicate=False))) > len(task_vectors.names)
         buffers = dict(backbone.named_buffers()) | dict(task_vectors.buffers)
         self.__dict__["constants"] = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self.__dict__["_kept"] = self.__dict__["_scratch"] = None
@@ -187,7 +189,9 @@ class MergedBackbone(nn.Module):
         """
         weights = dict(self.merge() if parameters is None else parameters) | self.constants
         with _hooked(self.skeleton, edits or {}):
-            return torch.func.functional_call(self.skeleton, weights, (self._normalise(images),), strict=True)
+            return torch.func.functional_call(
+                self.skeleton, weights, (self._normalise(images),), tie_weights=self.tied, strict=True
+            )
 
     def _normalise(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:

@@ -61,7 +61,8 @@ def per_task(
     total = coefficients.new_zeros(())
     for task, part in batch.items():
         options: dict[str, Any] = {"weights": weights, "features": features.get(task), "blocks": blocks}
-        loss = loss_of(task, functional_call(model, leaves, (task, part["image"]), options))
+        call = (task, part["image"])
+        loss = loss_of(task, functional_call(model, leaves, call, options) if leaves else model(*call, **options))
         loss.backward()
         total += loss.detach()
     # What no task used keeps no gradient at all, so that Adam leaves it alone, momentum included.

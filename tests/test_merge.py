@@ -102,3 +102,22 @@ def test_buffers_travel_and_uint8_images_are_normalised(toy, bank):
 def test_a_bank_of_another_backbone_is_refused(bank):
     with pytest.raises(am.InputError, match="'weight' is not in the task vectors"):
         am.MergedBackbone(nn.LayerNorm(8), bank)
+
+
+def test_tied_weights_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    tied = Tied()
+    state = {name: value.detach() for name, value in tied.named_parameters()}
+    bank = am.TaskVectors.from_state_dicts(state, {"a": {name: value + 1 for name, value in state.items()}})
+    x = torch.randn(2, 3)
+    merged = am.MergedBackbone(tied, bank, am.Fixed(1.0))
+    weight = state["first.weight"] + 1
+    torch.testing.assert_close(merged(x), x @ weight.T @ weight.T)
