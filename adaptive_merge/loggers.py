@@ -46,4 +46,5 @@ class RunLog(CSVLogger):
             return []
         with path.open(newline="") as file:
             rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-        return [row for row in rows if int(row["step"]) < self._resumed_at]
+        # A killed process may have left half a line.
+        return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < self._resumed_at]
