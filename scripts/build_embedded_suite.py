@@ -273,9 +273,7 @@ def export(work: Path, output: Path, tasks: dict[str, Arrays]) -> None:
             }
             for name, task in TASKS.items()
         },
-        "files": {
-            p.relative_to(output).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
-        },
+        "files": {p.relative_to(output).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
     }
     (output / "suite.json").write_text(json.dumps(suite, indent=2, ensure_ascii=False) + "\n")
 
@@ -292,10 +290,7 @@ def report(output: Path, tasks: dict[str, Arrays], split: str) -> None:
     """Accuracy of the shipped float16 weights: pre-trained, task arithmetic at 0.3, individual."""
     base = {k: v.float() for k, v in load_file(output / "pretrained.safetensors").items()}
     heads = load_file(output / "heads.safetensors")
-    experts = {
-        n: {k: v.float() for k, v in load_file(output / "experts" / f"{n}.safetensors").items()}
-        for n in TASKS
-    }
+    experts = {n: {k: v.float() for k, v in load_file(output / "experts" / f"{n}.safetensors").items()} for n in TASKS}
     merged = {k: v + 0.3 * sum(e[k] - v for e in experts.values()) for k, v in base.items()}
     encoder, rows = build_encoder().eval(), []
     for name, data in tasks.items():

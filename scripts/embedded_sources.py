@@ -269,11 +269,7 @@ def surface(unpacked: Path) -> Splits:
 
 def _cells(photo: Image.Image, side: int) -> list[tuple[int, int]]:
     """Corners of the cells that show something: the black surround of the retina is left out."""
-    corners = [
-        (x, y)
-        for y in range(0, photo.height - side + 1, side)
-        for x in range(0, photo.width - side + 1, side)
-    ]
+    corners = [(x, y) for y in range(0, photo.height - side + 1, side) for x in range(0, photo.width - side + 1, side)]
     if photo.size != (1411, 1411):
         return corners
     lit = [np.asarray(photo.crop((x, y, x + side, y + side))).min() > 25 for x, y in corners]
@@ -368,9 +364,7 @@ def _shuffle_split(images: np.ndarray, labels: np.ndarray, train: int = TRAIN, v
     images, labels = _distinct(images, labels)
     order = np.random.default_rng(SEED).permutation(len(images))
     cut = np.split(order, [train, train + val, train + val + TEST])[:3]
-    return {
-        split: (images[part], labels[part]) for split, part in zip(("train", "val", "test"), cut, strict=True)
-    }
+    return {split: (images[part], labels[part]) for split, part in zip(("train", "val", "test"), cut, strict=True)}
 
 
 def _drop_shared(splits: Splits) -> Splits:

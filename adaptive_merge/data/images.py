@@ -20,9 +20,10 @@ class Images:
         pixels: uint8 [N, H, W] (gray) or [N, H, W, 3].
         labels: int64 [N], class of each image.
         classes: class names; labels lie in [0, len(classes)).
+        fingerprint: of shape and pixels, where it is known already: that of a memory-mapped file would read it all.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str]) -> None:
+    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], fingerprint: str | None = None) -> None:
         if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4):
             raise InputError(
                 f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {tuple(pixels.shape)}"
@@ -34,6 +35,8 @@ class Images:
         if labels.min() < 0 or labels.max() >= len(classes):
             raise InputError(f"labels lie in [{labels.min()}, {labels.max()}] but there are {len(classes)} classes")
         self.pixels, self.labels, self.classes = pixels, labels, classes
+        if fingerprint is not None:
+            self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.pixels)

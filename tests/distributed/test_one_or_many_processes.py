@@ -130,7 +130,7 @@ def found(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"world{world}")
         codes = launch(world, run_all, world, folder, folder=folder)
         assert codes == [0] * world, texts(folder)
-        results[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+        results[world] = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
     return results
 
 
