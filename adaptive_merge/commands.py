@@ -56,6 +56,20 @@ def _report(arguments: list[str]) -> None:
     report_command(arguments)
 
 
+def _export(arguments: list[str]) -> None:
+    """Write a run's adapted model for open_clip, Hugging Face, ONNX Runtime or as safetensors."""
+    from adaptive_merge.export import export_command  # here, because it imports the module of all parts
+
+    export_command(arguments)
+
+
+def _data(arguments: list[str]) -> None:
+    """Say whether a suite's data is there."""
+    from adaptive_merge.data.check import data_command  # here, because it imports torchvision's data sets
+
+    data_command(arguments)
+
+
 def describe(path: str | Path) -> dict[str, Any]:
     """What a file or run folder of ours holds, as plain values.
 
@@ -126,4 +140,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inspect": _inspect,
     "report": _report,
     "doctor": doctor,
+    "export": _export,
+    "data": _data,
 }

@@ -51,7 +51,10 @@ class Suite:
 
 
 def load_suite(name: str = "embedded", tasks: list[str] | None = None, split: Literal["test", "val"] = "test") -> Suite:
-    """Load a suite: `"embedded"`, which ships with the package, or the path of a folder laid out like it.
+    """Load a suite: `"embedded"`, which ships with the package, or a folder that holds its own `suite.json`.
+
+    The folder is laid out like the embedded one, or is a CLIP suite (`"kind": "clip"`, see configs/clip): then its
+    `suite.json` says where checkpoints, heads and data sets lie.
 
     Args:
         name: `"embedded"` or a folder that holds `suite.json`.
@@ -64,6 +67,10 @@ def load_suite(name: str = "embedded", tasks: list[str] | None = None, split: Li
     """
     folder = EMBEDDED if name == "embedded" else Path(name)
     manifest = _read_manifest(folder)
+    if manifest.get("kind") == "clip":
+        from adaptive_merge.data.clip_folder import load_clip_folder  # here, because it imports this module
+
+        return load_clip_folder(folder, manifest, tasks, split)
     known = manifest["tasks"]
     chosen = list(known) if tasks is None else tasks
     if not chosen:
@@ -108,9 +115,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: there is no such file; a suite is 'embedded' or a folder that holds suite.json"
         )
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: expected a JSON object that describes a suite, found a {type(manifest).__name__}")
+    return manifest
 
 
 def _checked(folder: Path, name: str, manifest: dict[str, Any]) -> Path:

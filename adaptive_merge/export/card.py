@@ -1,0 +1,120 @@
+"""The model card of an export: method, tasks, accuracies, hashes and commands, from a template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any, Final
+
+from adaptive_merge import __version__
+from adaptive_merge.checkpoints.manifest import sha256_of_files
+from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
+from adaptive_merge.export.tower import image_size
+from adaptive_merge.files import replacing
+from adaptive_merge.views import VIEWS
+
+__all__ = ["write_card"]
+
+_LIBRARY: Final = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx", "safetensors": "safetensors"}
+_LOAD: Final = {
+    "open_clip": 'import open_clip\n\nmodel, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")\n'
+    "features = model.encode_image(images)",
+    "hf": "from transformers import CLIPVisionModelWithProjection\n\n"
+    'model = CLIPVisionModelWithProjection.from_pretrained("FOLDER")\nfeatures = model(images).image_embeds',
+    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+    '(output,) = session.run(None, {"images": images})  # float32 [batch, 3, height, width]',
+    "safetensors": "from safetensors.torch import load_file\n\n"
+    'backbone.load_state_dict(load_file("FOLDER/model.safetensors"))\nfeatures = backbone(images)',
+}
+
+_LOGITS: Final = (
+    "Logits of a task are `normalize(features) @ weight.T (+ bias)` with its tensors of `heads.safetensors`."
+)
+_IN_GRAPH: Final = "The graph ends in the task's logits; its head and all that the task has of its own are inside."
+
+
+def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verified: str, command: str) -> None:
+    """Write `README.md` beside the model.
+
+    Args:
+        results: the run's `results.json`, for the accuracies; None leaves them out.
+        verified: what the comparison found.
+        command: how the folder was made.
+    """
+    module, backbone = job.module, job.module.model.backbone
+    height, width = image_size(backbone)
+    text = Template(resources.files("adaptive_merge.export").joinpath("card.md").read_text(encoding="utf-8"))
+    kinds = [type(adapter).__name__ for adapter in module.model.adapters]
+    content = text.substitute(
+        library=_LIBRARY[format],
+        title=f"{_plain(module.recipe)}: {len(module.tasks)} experts in one model",
+        summary=f"A merge of {len(module.tasks)} fine-tuned image encoders, adapted on unlabelled test images.",
+        recipe=_plain(module.recipe),
+        coefficients=f"{module.coefficients.granularity}-wise, {module.coefficients.values.numel()} numbers",
+        adapters=", ".join(kinds) or "none",
+        scope="all tasks (shared merge)" if job.task is None else f"task {_plain(job.task)}",
+        format=format,
+        images=32,
+        verified=verified,
+        tasks=_tasks(module.tasks, results),
+        files=_files(job.folder),
+        notes=_notes(job, format, kinds),
+        load=_LOAD[format],
+        size=height if height == width else f"{height} x {width}",
+        mean=list(getattr(backbone.skeleton, "image_mean", None) or OPENAI_MEAN),
+        std=list(getattr(backbone.skeleton, "image_std", None) or OPENAI_STD),
+        logits=_IN_GRAPH if format == "onnx" and job.task is not None else _LOGITS,
+        experts=_experts(module.experts.fingerprints),
+        version=__version__,
+        command=command,
+    )
+    with replacing(job.folder / "README.md") as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+def _tasks(tasks: tuple[str, ...], results: Mapping[str, Any] | None) -> str:
+    if results is None:
+        return "\n".join(f"- {_plain(task)}" for task in tasks)
+    rows = ["| task | images | pre-trained | individual | merged | adapted |", "|---|---:|---:|---:|---:|---:|"]
+    for task, row in results["tasks"].items():
+        rows.append(f"| {_plain(task)} | {row['n']:,} | {_percent(row)} |")
+    return "\n".join([*rows, f"| **average** | | {_percent(results['average'])} |"])
+
+
+def _percent(row: Mapping[str, float]) -> str:
+    return " | ".join(f"{100 * row[view]:.1f}" for view in VIEWS)
+
+
+def _files(folder: Path) -> str:
+    lines = ["| file | bytes | sha256 |", "|---|---:|---|"]
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != "README.md":
+            lines.append(f"| `{path.name}` | {path.stat().st_size:,} | `{sha256_of_files([path])}` |")
+    return "\n".join(lines)
+
+
+def _notes(job: Job, format: str, kinds: list[str]) -> str:
+    notes = []
+    if job.task is None and kinds:
+        notes.append(
+            f"What each task has of its own ({', '.join(kinds)}) is in `adapters.safetensors` and not in the model; "
+            "`load_adapters` puts it back, or export with `--task`."
+        )
+    if format == "open_clip" and job.text is None:
+        notes.append(
+            "The text tower is a placeholder of zeros, so that open_clip loads the folder: use `encode_image` and "
+            "`heads.safetensors`, or export with `--text` and the full CLIP."
+        )
+    return "\n\n".join(notes)
+
+
+def _experts(fingerprints: Mapping[str, str]) -> str:
+    rows = ["| weights | sha256 (names, shapes and values) |", "|---|---|"]
+    return "\n".join([*rows, *(f"| {_plain(name)} | `{digest}` |" for name, digest in fingerprints.items())])
+
+
+def _plain(text: str) -> str:
+    """A name that cannot break a table or smuggle in markup."""
+    return "".join("_" if letter in "|<>`\n\r\\[]" else letter for letter in text)
