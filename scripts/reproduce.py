@@ -43,7 +43,7 @@ PUBLISHED: dict[str, float | None] = {
     "best": None,
 }
 STATIC = ("weight_averaging", "task_arithmetic", "ties")  # nothing random in them: one seed says all
-REFERENCES = {"pretrained": 48.0, "individual": 90.5}
+REFERENCES = {"pretrained": ("pre-trained", 48.0), "individual": ("individual experts", 90.5)}
 
 
 def run(method: str, seed: int) -> None:
@@ -115,7 +115,7 @@ def table() -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += [
-        f"| {name} | {100 * some['average'][name]:.1f} | | | | | | | {REFERENCES[name]:.1f} |"
+        f"| {REFERENCES[name][0]} | {100 * some['average'][name]:.1f} | | | | | | | {REFERENCES[name][1]:.1f} |"
         for name in ("pretrained", "individual")
     ]
     lines += [line for method, published in PUBLISHED.items() if (line := row(method, published))]
