@@ -64,7 +64,10 @@ def test_a_method_in_a_users_file_reaches_the_report(work):
     command = [sys.executable, "-m", "adaptive_merge", "fit", "--config", "quick.yaml", "--run.name", "mine"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(work), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [*command, "--model.coefficients", "halves.Halves"], env=environment, capture_output=True, text=True
+        [*command, "--model.coefficients", "halves.Halves", "--allow-import", "halves"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     page = (work / "runs" / "mine" / "report.html").read_text()
