@@ -47,6 +47,10 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
 }
 CHECKPOINT_EVERY = 50
+DESCRIPTION = (
+    "Adapt a merge of experts on unlabelled test batches. Beside the subcommands below there are "
+    f"{', '.join(COMMANDS)}: each answers to --help."
+)
 # What a run writes, and what `overwrite` removes.
 RUN_FILES = (
     *("config.yaml", "metrics.csv", "results.json", "coefficients.json", "report.html", "wandb.json"),
@@ -79,7 +83,7 @@ class AdaptiveMergeCLI(LightningCLI):
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "description": __doc__, "version": __version__},
+            parser_kwargs={"exit_on_error": False, "description": DESCRIPTION, "version": __version__},
             args=args,
             run=run,
         )
@@ -109,7 +113,6 @@ class AdaptiveMergeCLI(LightningCLI):
             default="refuse",
             help="what to do with a folder that holds a run: nothing, go on from its last checkpoint, or replace it",
         )
-
         parser.add_argument("--run.report", type=bool, default=True, help="write report.html at the end of `fit`")
 
     def _parse_ckpt_path(self) -> None:
