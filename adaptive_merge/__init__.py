@@ -12,8 +12,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": ["Adapter", "BlockSurgery", "FeatureSurgery", "Tint"],
+    "callbacks": ["Guard", "Ledger"],
     "coefficients": ["BlockWise", "Coefficients", "Fixed", "LayerWise", "TaskWise"],
-    "data": ["Images", "Suite", "TaskStream", "load_suite"],
+    "data": [
+        *("Corruption", "Holdout", "Images", "Online", "Protocol"),
+        *("Suite", "TaskStream", "Transductive", "Unseen", "load_suite"),
+    ],
     "data.clip_suite": ["ClipSuite", "load_clip_suite"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "export": ["export_model", "load_adapters", "save_adapters"],
@@ -24,7 +28,7 @@ _HOMES = {
         *("AdaMerging", "AdaMergingPP", "Surgery", "SurgeryV2", "TaskArithmetic"),
         *("TiesMerging", "Tinting", "TintingPP", "WeightAveraging"),
     ],
-    "results": ["score"],
+    "results": ["evaluate", "score"],
     "task_vectors": ["TaskVectors"],
     "transforms": ["Ties", "Transform"],
 }

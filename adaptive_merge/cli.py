@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 from jsonargparse import Namespace, class_from_function, dict_to_namespace
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_only
@@ -20,7 +20,9 @@ from rich.console import Console
 
 from adaptive_merge import __version__
 from adaptive_merge.allowlist import explain, restrict_imports
-from adaptive_merge.callbacks import protect, watchers
+from adaptive_merge.callbacks import Guard, Ledger, protect, watchers
+from adaptive_merge.callbacks.guard import Select
+from adaptive_merge.callbacks.ranks import RunStopped
 from adaptive_merge.callbacks.safeguards import safeguards
 from adaptive_merge.checkpoints.coefficients import save_coefficients
 from adaptive_merge.checkpoints.io import AtomicCheckpointIO, check_writable
@@ -32,7 +34,7 @@ from adaptive_merge.files import save_json
 from adaptive_merge.loggers import RunLog
 from adaptive_merge.module import AdaptiveMerge
 from adaptive_merge.report.privacy import scrub
-from adaptive_merge.results import score, summary, table
+from adaptive_merge.results import evaluate, footing, summary, table
 
 __all__ = ["AdaptiveMergeCLI", "load_run", "run"]
 
@@ -54,7 +56,7 @@ DESCRIPTION = (
 # What a run writes, and what `overwrite` removes.
 RUN_FILES = (
     *("config.yaml", "metrics.csv", "results.json", "coefficients.json", "report.html", "wandb.json"),
-    *("history.safetensors", "diagnostics.safetensors", "checkpoints"),
+    *("history.safetensors", "diagnostics.safetensors", "images.safetensors", "checkpoints"),
 )
 
 
@@ -105,6 +107,9 @@ class AdaptiveMergeCLI(LightningCLI):
             )
         parser.link_arguments("suite", "data.images", compute_fn=lambda suite: suite.images, apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments(
+            "data", "model.unseen", compute_fn=lambda stream: list(stream.protocol.unseen), apply_on="instantiate"
+        )
         parser.add_argument("--run.root", type=str, default="runs", help="folder of all runs")
         parser.add_argument("--run.name", type=str | None, default=None, help="folder of this run; default: the recipe")
         parser.add_argument(
@@ -112,6 +117,19 @@ class AdaptiveMergeCLI(LightningCLI):
             type=Literal["refuse", "resume", "overwrite"],
             default="refuse",
             help="what to do with a folder that holds a run: nothing, go on from its last checkpoint, or replace it",
+        )
+        parser.add_argument(
+            "--run.guard",
+            type=Literal["stop", "warn", "off"],
+            default="stop",
+            help="what to do where the merge collapses: restore the best state and end, warn, or do not look",
+        )
+        parser.add_argument(
+            "--run.select",
+            type=Select,
+            default="last",
+            help="the step to keep: the last, or the best by agreement with the experts, by JS divergence to them or "
+            "by entropy, none of which needs labels; `oracle` uses labels, and the run is marked everywhere",
         )
         parser.add_argument("--run.report", type=bool, default=True, help="write report.html at the end of `fit`")
 
@@ -159,9 +177,25 @@ class AdaptiveMergeCLI(LightningCLI):
         last = ModelCheckpoint(
             self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
         )
-        trainer.callbacks.extend([*safeguards(self.folder, trainer.callbacks), last])
+        watching = [
+            *safeguards(self.folder, trainer.callbacks),
+            Ledger(str(self.folder)),
+            *self._guard(trainer.callbacks),
+        ]
+        trainer.callbacks.extend([*watching, last])
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+    def _guard(self, given: list[Callback]) -> list[Guard]:
+        """The guard that the configuration asks for; none where the user's callbacks hold one."""
+        asked = self.settings.run
+        if any(isinstance(one, Guard) for one in given):
+            return []
+        if asked.guard == "off":
+            if asked.select != "last":
+                raise InputError(f"--run.select {asked.select} needs the guard, which is off; set --run.guard warn")
+            return []
+        return [Guard(select=asked.select, on_collapse=asked.guard)]
 
     def before_fit(self) -> None:
         """Refuse to train nothing, before anything is written."""
@@ -176,25 +210,36 @@ class AdaptiveMergeCLI(LightningCLI):
         adapted = time.perf_counter()
         save_coefficients(self.folder / "coefficients.json", self.model.coefficients.table())
         self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
-        scores = score(self.trainer, self.model, self.datamodule)
+        evaluation = evaluate(self.trainer, self.model, self.datamodule)
         seconds = {
             "load": self.loaded - STARTED,
             "adapt": adapted - self.loaded,
             "evaluate": time.perf_counter() - adapted,
         }
+        ledger, guard = (
+            next((one for one in self.trainer.callbacks if isinstance(one, kind)), None) for kind in (Ledger, Guard)
+        )
         results = summary(
             self.model,
-            scores,
-            seed=self.datamodule.seed,
+            evaluation,
+            self.datamodule,
+            ledger.read(),
             steps=self.trainer.global_step,
             seconds=seconds,
-            sizes={task: len(images) for task, images in self.datamodule.images.items()},
+            guard=guard.record() if guard else None,
         )
         _publish(results, self.folder)
         if self.trainer.is_global_zero and self.settings.run.report:
             from adaptive_merge.report.html import report_run  # here, because matplotlib takes a second to import
 
             report_run(self.folder)
+        if guard and guard.stopped:
+            end = guard.record()["stopped"]
+            raise RunStopped(
+                f"the merge collapsed, and the run was stopped at step {end['step']} ({end['reason']}); what it "
+                f"learned up to step {end['restored_step']} is kept and scored. Lower --model.lr, or bound the "
+                "coefficients"
+            )
 
     def after_validate(self) -> None:
         """Print the accuracies of the view that was validated."""
@@ -255,6 +300,7 @@ def _publish(results: dict[str, Any], folder: Path) -> None:
     console.print(table(results))
     seconds = results["seconds"]
     console.print(
+        f"{footing(results)}\n"
         f"{results['steps']} steps in {seconds['adapt']:.0f} s, scored in {seconds['evaluate']:.0f} s; "
         f"{results['trainable_parameters']:,} numbers learned; the run is in {folder}",
         soft_wrap=True,

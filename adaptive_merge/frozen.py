@@ -49,7 +49,7 @@ class FrozenOutputs:
             table = self._tables[task, kind] = _Table(task, kind, dict(identity), size, self.folder)
         position = index.cpu()
         missing = (~table.known[position]).nonzero().flatten()
-        if len(missing):
+        if len(missing) or table.values is None:  # the first batch may be a process's empty share
             table.write(position[missing], compute(missing.to(index.device)))
         return table.read(position).to(index.device)
 

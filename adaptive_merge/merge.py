@@ -12,7 +12,6 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,85 +19,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from adaptive_merge.coefficients import Coefficients, Fixed
+from adaptive_merge.combine import combine, project
 from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.placement import BankKind, Placement, place
 from adaptive_merge.task_vectors import TaskVectors
 
 __all__ = ["MergedBackbone", "combine", "project"]
-
-# A bfloat16 bank is widened to float32 piece by piece, so that the merge accumulates in float32 and the
-# temporary copy stays small: T · 2^20 · 4 bytes.
-_WIDEN = 1 << 20
-
-
-@torch.no_grad()
-def combine(bank: TaskVectors, coefficients: Tensor, group_of: Sequence[int], out: Tensor | None = None) -> Tensor:
-    """θ₀ + Σₜ λ_{t,g(p)} τ_{t,p} as one flat buffer [P], float32.
-
-    Args:
-        bank: θ₀ and T task vectors.
-        coefficients: Λ [T, G].
-        group_of: for each parameter of the bank, the column of Λ that weighs it.
-        out: a buffer [P] to write to. On a CPU a new one costs more than the merge: its pages fault one by one.
-    """
-    merged = torch.empty_like(bank.pretrained) if out is None else out
-    weights = coefficients.to(bank.pretrained)
-    for group, part in _runs(bank, group_of):
-        for piece in _pieces(bank, part):
-            columns = bank.vectors[:, piece].float()
-            torch.addmv(bank.pretrained[piece], columns.T, weights[:, group], out=merged[piece])
-    return merged
-
-
-@torch.no_grad()
-def project(bank: TaskVectors, gradients: Sequence[Tensor | None], group_of: Sequence[int], groups: int) -> Tensor:
-    """∂L/∂Λ [T, G] from ∂L/∂θ: ⟨τ_{t,p}, ∂L/∂θ_p⟩ summed over the parameters p of each group.
-
-    Args:
-        bank: the bank that was merged.
-        gradients: ∂L/∂θ, one tensor per parameter; None where a parameter got none.
-        group_of: as for `combine`.
-        groups: G.
-    """
-    result = bank.pretrained.new_zeros(groups, len(bank.tasks))
-    for gradient, part, group in zip(gradients, bank.layout.slices, group_of):
-        if gradient is None:
-            continue
-        flat = gradient.reshape(-1).float()
-        for piece in _pieces(bank, part):
-            columns = bank.vectors[:, piece].float()
-            result[group] += torch.mv(columns, flat[piece.start - part.start : piece.stop - part.start])
-    return result.T
-
-
-def _runs(bank: TaskVectors, group_of: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Neighbouring parameters of one group form one run: task-wise is a single matrix-vector product."""
-    pairs = zip(group_of, bank.layout.slices)
-    for group, members in groupby(pairs, key=lambda pair: pair[0]):
-        parts = [part for _, part in members]
-        yield group, slice(parts[0].start, parts[-1].stop)
-
-
-def _pieces(bank: TaskVectors, part: slice) -> Iterator[slice]:
-    if bank.vectors.dtype == torch.float32:
-        yield part
-        return
-    for start in range(part.start, part.stop, _WIDEN):
-        yield slice(start, min(start + _WIDEN, part.stop))
 
 
 class _Merge(torch.autograd.Function):
     """Λ → the tuple of merged parameters, views of one buffer; one graph node for the whole model."""
 
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, bank: TaskVectors, group_of: Sequence[int]) -> tuple[Tensor, ...]:
-        ctx.bank, ctx.group_of, ctx.groups = bank, group_of, coefficients.shape[1]
+    def forward(ctx: Any, coefficients: Tensor, placement: Placement, group_of: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.placement, ctx.group_of, ctx.groups = placement, group_of, coefficients.shape[1]
         ctx.set_materialize_grads(False)
-        return bank.layout.views(combine(bank, coefficients, group_of))
+        return placement.bank.layout.views(placement.combine(coefficients, group_of))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
-        return project(ctx.bank, gradients, ctx.group_of, ctx.groups), None, None
+        return ctx.placement.project(gradients, ctx.group_of, ctx.groups), None, None
 
 
 class MergedBackbone(nn.Module):
@@ -112,18 +53,23 @@ class MergedBackbone(nn.Module):
         backbone: any module that maps a batch to features [B, d].
         task_vectors: the bank; its names are those of `backbone.named_parameters()`.
         coefficients: Λ; bound to the bank here. Default: `Fixed(0.3)`, plain task arithmetic.
+        bank: where the bank lives while it is merged: `"resident"`, `"streamed"` or `"sharded"`, see `placement`.
 
     Raises:
         InputError: the bank's parameters or buffers are not the backbone's.
     """
 
     def __init__(
-        self, backbone: nn.Module, task_vectors: TaskVectors, coefficients: Coefficients | None = None
+        self,
+        backbone: nn.Module,
+        task_vectors: TaskVectors,
+        coefficients: Coefficients | None = None,
+        bank: BankKind = "resident",
     ) -> None:
         super().__init__()
         _check_fit(backbone, task_vectors)
         self.coefficients = (coefficients or Fixed(0.3)).bind(task_vectors)
-        self.task_vectors = task_vectors
+        self.placement = place(task_vectors, bank)
         # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
         self.__dict__["skeleton"] = _without_weights(backbone)
         # Looking for tied weights anew in every forward takes longer than a merge of small tensors.
@@ -132,33 +78,43 @@ class MergedBackbone(nn.Module):
         self.__dict__["constants"] = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self.__dict__["_kept"] = self.__dict__["_scratch"] = None
 
+    @property
+    def task_vectors(self) -> TaskVectors:
+        """The bank, where its placement keeps it; `device` says where the merge is."""
+        return self.placement.bank
+
+    @property
+    def device(self) -> torch.device:
+        """Where the merged parameters are."""
+        return self.placement.device
+
     def merge(self) -> dict[str, Tensor]:
         """The merged parameters by name; differentiable in Λ where Λ learns, kept where it does not."""
         if not self.coefficients.values.requires_grad:
-            version = (self.coefficients.values._version, self.task_vectors.device)
+            version = (self.coefficients.values._version, self.device)
             if self._kept is None or self._kept[0] != version:
                 self.__dict__["_kept"] = (version, self.merge_with(self.coefficients()))
             return self._kept[1]
-        views = _Merge.apply(self.coefficients(), self.task_vectors, self.coefficients.group_of)
+        views = _Merge.apply(self.coefficients(), self.placement, self.coefficients.group_of)
         return dict(zip(self.task_vectors.names, views))
 
     def merge_with(self, coefficients: Tensor) -> dict[str, Tensor]:
         """The merged parameters for other coefficients [T, G] of the same groups; no gradient."""
-        flat = combine(self.task_vectors, coefficients.detach(), self.coefficients.group_of)
+        flat = self.placement.combine(coefficients.detach(), self.coefficients.group_of)
         return self.task_vectors.layout.unflatten(flat)
 
     def merge_leaves(self) -> dict[str, Tensor]:
         """The merged parameters as leaves that collect gradients, in a buffer that the next call writes over."""
-        bank = self.task_vectors
-        if self._scratch is None or self._scratch.device != bank.device:
-            self.__dict__["_scratch"] = torch.empty_like(bank.pretrained)
-        flat = combine(bank, self.coefficients().detach(), self.coefficients.group_of, self._scratch)
-        return {name: value.requires_grad_() for name, value in bank.layout.unflatten(flat).items()}
+        layout = self.task_vectors.layout
+        if self._scratch is None or self._scratch.device != self.device:
+            self.__dict__["_scratch"] = torch.empty(layout.numel, device=self.device)
+        flat = self.placement.combine(self.coefficients().detach(), self.coefficients.group_of, self._scratch)
+        return {name: value.requires_grad_() for name, value in layout.unflatten(flat).items()}
 
     def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """∂L/∂Λ [T, G] from the gradients of the merged parameters."""
         bound = self.coefficients
-        return project(self.task_vectors, gradients, bound.group_of, len(bound.groups))
+        return self.placement.project(gradients, bound.group_of, len(bound.groups))
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -216,8 +172,8 @@ class MergedBackbone(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> MergedBackbone:
         super()._apply(fn, recurse)
         # Only the device follows: θ₀, Λ and the merge stay float32 under any precision of the tower.
-        device = fn(torch.empty(0, device=self.task_vectors.device)).device
-        self.task_vectors = self.task_vectors.to(device)
+        device = fn(torch.empty(0, device=self.device)).device
+        self.placement.to(device)
         self.__dict__["constants"] = {name: buffer.to(device) for name, buffer in self.constants.items()}
         return self
 

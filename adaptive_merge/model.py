@@ -27,14 +27,22 @@ class AdaptedModel(nn.Module):
         backbone: the merged backbone.
         heads: task → weight [C, d].
         adapters: applied in order; bound to backbone and heads here.
+        unseen: tasks that are not in the bank: merged weights and their own heads serve them, no adapter does.
     """
 
-    def __init__(self, backbone: MergedBackbone, heads: Mapping[str, Tensor], adapters: Sequence[Adapter] = ()) -> None:
+    def __init__(
+        self,
+        backbone: MergedBackbone,
+        heads: Mapping[str, Tensor],
+        adapters: Sequence[Adapter] = (),
+        unseen: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tasks = backbone.task_vectors.tasks
-        _check_heads(heads, self.tasks, getattr(backbone.skeleton, "output_dim", None))
-        self.__dict__["heads"] = {task: heads[task].detach().float() for task in self.tasks}
+        known = (*self.tasks, *unseen)
+        _check_heads(heads, known, getattr(backbone.skeleton, "output_dim", None))
+        self.__dict__["heads"] = {task: heads[task].detach().float() for task in known}
         self.adapters = nn.ModuleList(adapter.bind(backbone, self.heads) for adapter in adapters)
 
     @property
@@ -61,7 +69,7 @@ class AdaptedModel(nn.Module):
             adapted: False leaves the adapters out.
             blocks: also give the mean token after each block.
         """
-        adapters = self.adapters if adapted else ()
+        adapters = self.adapters if adapted and task in self.tasks else ()
         means: list[Tensor] = []
         if features is None:
             weights = self.backbone.merge() if weights is None else weights
@@ -104,7 +112,7 @@ class AdaptedModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedModel:
         super()._apply(fn, recurse)
-        device = self.backbone.task_vectors.device
+        device = self.backbone.device
         self.__dict__["heads"] = {task: head.to(device) for task, head in self.heads.items()}
         return self
 

@@ -10,16 +10,18 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from adaptive_merge import steps
 from adaptive_merge.adapters import Adapter
 from adaptive_merge.coefficients import Coefficients, Fixed
 from adaptive_merge.errors import InputError
 from adaptive_merge.frozen import FrozenOutputs
+from adaptive_merge.losses import StepLosses
 from adaptive_merge.merge import MergedBackbone
 from adaptive_merge.model import AdaptedModel
-from adaptive_merge.objectives import Entropy, Objective, Prediction, normalised_entropy
+from adaptive_merge.objectives import Entropy, Objective, Prediction
+from adaptive_merge.placement import BankKind
+from adaptive_merge.scoring import TaskScore
 from adaptive_merge.task_vectors import TaskVectors
 from adaptive_merge.transforms import Transform
 from adaptive_merge.views import FrozenViews, View
@@ -65,6 +67,11 @@ class AdaptiveMerge(pl.LightningModule):
             and back-propagates one task after the other, so that one task's activations are alive at a time;
             the gradients are the same. `"auto"`: joint on CUDA, per task elsewhere.
         cache: folder that keeps what frozen networks say about the images between runs; default: in memory.
+        unseen: tasks whose experts are left out of the merge; they are scored with their own heads, without
+            adapters. From the command line the protocol `Unseen` says which.
+        bank: `"resident"`: the bank is held on each device. `"streamed"`: it stays in host memory and crosses to
+            the device piece by piece, twice a step. `"sharded"`: each process holds one slice of it on its device;
+            weights and their gradients are exchanged every step. All learn the same.
     """
 
     def __init__(
@@ -84,6 +91,8 @@ class AdaptiveMerge(pl.LightningModule):
         weight_decay: float = 0.0,
         accumulate: Literal["auto", "joint", "per_task"] = "auto",
         cache: str | None = None,
+        unseen: Sequence[str] = (),
+        bank: BankKind = "resident",
     ) -> None:
         super().__init__()
         if accumulate not in ("auto", "joint", "per_task"):
@@ -93,23 +102,32 @@ class AdaptiveMerge(pl.LightningModule):
         self.recipe, self.accumulate = recipe, accumulate
         self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
         self.betas, self.weight_decay = betas, weight_decay
-        self.experts = task_vectors
-        bank = task_vectors
-        for transform in transforms:
-            bank = transform(bank)
-        self.model = AdaptedModel(MergedBackbone(backbone, bank, coefficients or Fixed(0.3)), heads, adapters)
-        self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.accuracy = nn.ModuleList(
-            MulticlassAccuracy(max(len(heads[task]), 2), average="micro") for task in self.tasks
+        self.experts, self.unseen = task_vectors, tuple(unseen)
+        merged = (
+            task_vectors.select(task for task in task_vectors.tasks if task not in unseen) if unseen else task_vectors
         )
+        for transform in transforms:
+            merged = transform(merged)
+        self.model = AdaptedModel(
+            MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
+        )
+        self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
+        self.scores = nn.ModuleList(TaskScore() for _ in task_vectors.tasks)
+        self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self.view: View = "adapted"
+        self._compares = False
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Task names, in the order of the bank."""
         return self.model.tasks
+
+    @property
+    def scored_tasks(self) -> tuple[str, ...]:
+        """The merged tasks and the unseen ones, in the order of the experts."""
+        return self.experts.tasks
 
     @property
     def coefficients(self) -> Coefficients:
@@ -136,33 +154,28 @@ class AdaptiveMerge(pl.LightningModule):
         return self.model(task, images).logits
 
     def training_step(self, batch: steps.Batch, batch_idx: int) -> Tensor:
-        """One update on unlabelled batches, task → {"image", "index"}."""
+        """One update on unlabelled batches, task → {"image", "index"}, and "weight" where processes hold unequal parts.
+
+        What the model said about the images, before it learns from them, is in `said`: task → logits [B, C].
+        """
         objective = self._enter(self.stage)
-        kept, entropies = {}, {}
 
-        def loss_of(task: str, prediction: Prediction) -> Tensor:
-            entropies[task] = normalised_entropy(prediction.logits)
-            expert = None
-            if objective.needs_expert:
-                expert = self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
-            losses = objective.losses(prediction, expert)
-            if not objective.filters:
-                return losses.mean()
-            keep = objective.keep(prediction, expert)
-            kept[task] = self._mean_over_ranks(keep.float().mean())
-            # A mean over the images kept on all ranks: DDP averages the ranks' gradients, and their batches are
-            # of one size, so each rank divides by its size times the share that is kept on average.
-            return losses.where(keep, 0.0).mean() / kept[task].clamp_min(1e-12)
+        def expert(task: str) -> Prediction:
+            return self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
 
-        if self._joint(objective):
-            loss = steps.joint(self.model, batch, loss_of)
+        losses = StepLosses(objective, batch, expert, self._mean_over_ranks, self._owns_tasks())
+        if not batch:  # more processes than tasks
+            loss = torch.stack([0.0 * value.sum() for value in self.learned if value.requires_grad]).sum()
+        elif self._joint(objective):
+            loss = steps.joint(self.model, batch, losses)
         else:
             parts = {} if objective.needs_blocks else batch
             known = {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
-            loss = steps.per_task(self.model, batch, loss_of, known, objective.needs_blocks)
-        self._log_step(loss, entropies, kept)
+            loss = steps.per_task(self.model, batch, losses, known, objective.needs_blocks)
+        self.said = losses.said
+        self._log_step(losses.gather(loss, self.tasks, self._processes), losses.entropies, losses.kept)
         # Lightning cannot skip a step by returning None on several processes.
-        self._nothing_kept &= bool(kept) and not any(kept.values())
+        self._nothing_kept &= bool(losses.kept) and not any(losses.kept.values())
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -171,29 +184,53 @@ class AdaptiveMerge(pl.LightningModule):
             optimizer.zero_grad()
 
     def setup(self, stage: str) -> None:
-        """Make plain DDP fit: a step may use some tasks' adapters only."""
+        """Share the bank out, and make plain DDP fit: a step may use some tasks' adapters only."""
+        left_out = getattr(getattr(self.trainer.datamodule, "protocol", None), "unseen", ())
+        if set(left_out) != set(self.unseen):
+            raise InputError(
+                f"the protocol leaves out {list(left_out)}, the module {list(self.unseen)}; give both the same tasks"
+            )
+        self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         if isinstance(self.trainer.strategy, DDPStrategy):
             # The strategy hands these on to torch's DDP, which is built after this hook.
             options = {"find_unused_parameters": bool(self.model.adapters), "gradient_as_bucket_view": True}
             self.trainer.strategy._ddp_kwargs = options | self.trainer.strategy._ddp_kwargs
 
+    def teardown(self, stage: str) -> None:
+        """From here on one process may merge without the others."""
+        self.model.backbone.placement.close()
+
+    def on_validation_epoch_start(self) -> None:
+        """Merge where all processes meet: they may have unequal numbers of batches."""
+        self.views.prepare(self.view)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Count the correct predictions of one labelled batch of one task, for the view in force."""
+        """Count one labelled batch of one task, for the view in force."""
         task, adapted = batch["task"], self.view == "adapted"
-        prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
-        if len(batch["label"]):  # a process's share of a small task may be empty
-            self.accuracy[self.tasks.index(task)].update(prediction.logits, batch["label"])
+        expert, source = None, self._source(batch["task"])
+        if self.view == "individual":
+            prediction = self.views.expert(task, batch, source)
+        else:
+            prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
+            if self._compares and self.view != "pretrained" and task in self.tasks and source is not None:
+                expert = self.views.expert(task, batch, source)
+        self.scores[self.scored_tasks.index(task)].update(prediction, batch["label"], expert)
         return {"features": prediction.features, "logits": prediction.logits}
 
     def on_validation_epoch_end(self) -> None:
-        """Log `<view>/<task>/accuracy` and the mean over tasks, and start the next count."""
+        """Log `<view>/<task>/accuracy` and the mean over the merged tasks, and start the next count."""
         # The same tasks on every rank, also on one whose share of a task was empty: `compute` is collective.
-        shown = [task for task in self.tasks if self._source(task) is not None] or self.tasks
-        metrics = {task: metric for task, metric in zip(self.tasks, self.accuracy) if task in shown}
-        values = {f"{self.view}/{task}/accuracy": metric.compute() for task, metric in metrics.items()}
-        self.log_dict(values | {f"{self.view}/accuracy": torch.stack(list(values.values())).mean()})
-        for metric in self.accuracy:
-            metric.reset()
+        named = dict(zip(self.scored_tasks, self.scores))
+        shown = [task for task in named if self._source(task) is not None] or list(named)
+        found = {f"{task}/{name}": value for task in shown for name, value in named[task].compute().items()}
+        for name, tasks in {"accuracy": self.tasks, "accuracy_unseen": self.unseen}.items():
+            values = [found[f"{task}/accuracy"] for task in tasks if task in shown]
+            found |= {name: torch.stack(values).mean()} if values else {}
+        for key, value in found.items():
+            # Loggers get the accuracies alone; the rest is for `results.json`.
+            self.log(f"{self.view}/{key}", value, logger=None if "accuracy" in key.rsplit("/")[-1] else False)
+        for score in self.scores:
+            score.reset()
         self.views.release()
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
@@ -237,12 +274,12 @@ class AdaptiveMerge(pl.LightningModule):
 
     @contextmanager
     def viewing(self, view: View) -> Iterator[AdaptiveMerge]:
-        """Validate another model: the pre-trained one, each expert on its own task, or the merge before adaptation."""
-        before, self.view = self.view, view
+        """Validate one of the four models; taken in order, what the experts said serves the later ones."""
+        before, self.view, self._compares = self.view, view, True
         try:
             yield self
         finally:
-            self.view = before
+            self.view, self._compares = before, False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the few kilobytes belong to."""
@@ -280,14 +317,22 @@ class AdaptiveMerge(pl.LightningModule):
         )
 
     def _log_step(self, loss: Tensor, entropies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
         self.log("train/entropy", torch.stack(list(entropies.values())).mean(), prog_bar=True, batch_size=1)
         self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
         if kept:
             self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
 
+    @property
+    def _processes(self) -> int:
+        return self._trainer.world_size if self._trainer else 1
+
+    def _owns_tasks(self) -> bool:
+        """Whether each process takes whole tasks."""
+        return self._processes > 1 and getattr(self._trainer.datamodule, "share", "samples") == "tasks"
+
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        many = self._trainer is not None and self._trainer.world_size > 1
+        many = self._processes > 1
         return self._trainer.strategy.reduce(value.detach(), reduce_op="mean") if many else value.detach()
 
     def _source(self, task: str) -> Any:

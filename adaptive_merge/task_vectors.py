@@ -170,8 +170,12 @@ class TaskVectors:
         """The same bank on `device`; itself where it is already there."""
         if self.device == torch.device(device):
             return self
-        moved = {name: buffer.to(device) for name, buffer in self.buffers.items()}
-        return TaskVectors(self.tasks, self.layout, self.pretrained.to(device), self.vectors.to(device), moved)
+        buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
+        moved = TaskVectors(self.tasks, self.layout, self.pretrained.to(device), self.vectors.to(device), buffers)
+        # The same bits have the same fingerprints; to take them anew, all would have to come back to the host.
+        known = {name: value for name, value in self.__dict__.items() if name in ("fingerprints", "fingerprint")}
+        moved.__dict__.update(known)
+        return moved
 
     def select(self, tasks: Iterable[str]) -> TaskVectors:
         """The bank of some tasks only, in the order given."""

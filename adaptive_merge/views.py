@@ -33,7 +33,7 @@ class FrozenViews:
     def __init__(self, model: AdaptedModel, experts: TaskVectors, outputs: FrozenOutputs) -> None:
         self.model, self.experts, self.outputs = model, experts, outputs
         self.initial = model.backbone.coefficients().detach().clone()
-        self._held: tuple[Any, Mapping[str, Tensor]] | None = None
+        self._held: dict[str, tuple[Any, Mapping[str, Tensor]]] = {}
 
     def weights(self, view: View, task: str) -> Mapping[str, Tensor]:
         """The tower's weights: θ₀, the task's expert, the merge before adaptation, or the merge as it is now."""
@@ -41,13 +41,23 @@ class FrozenViews:
             return self._expert_weights(task)
         backbone = self.model.backbone
         if view == "adapted":
-            return self._hold((view, backbone.coefficients.values._version), backbone.merge)
-        coefficients = self.initial if view == "initial" else torch.zeros_like(self.initial)
-        return self._hold(view, lambda: backbone.merge_with(coefficients))
+            return self._hold("merge", (view, backbone.coefficients.values._version), backbone.merge)
+        if view == "initial":
+            return self._hold("merge", view, lambda: backbone.merge_with(self.initial))
+        bank = backbone.task_vectors
+        return self._hold("merge", view, lambda: bank.layout.unflatten(bank.pretrained.to(backbone.device)))
+
+    def prepare(self, view: View) -> None:
+        """Make the weights that all tasks share in a view, and hold them until `release`.
+
+        To merge a bank that is sharded, all processes have to meet; after this, `weights` needs no other process.
+        """
+        if view != "individual":
+            self.weights(view, self.model.tasks[0])
 
     def release(self) -> None:
         """Let go of the weights that were made last."""
-        self._held = None
+        self._held.clear()
 
     @torch.no_grad()
     def features(self, task: str, part: Part, source: Any) -> Tensor | None:
@@ -98,19 +108,20 @@ class FrozenViews:
         )
 
     def _expert_weights(self, task: str) -> Mapping[str, Tensor]:
-        # Without transforms the merged bank is the experts' bank, and on the device already.
-        merged = self.model.backbone.task_vectors
-        bank = merged if merged.fingerprints == self.experts.fingerprints else self.experts
-        device = merged.device
+        # Without transforms the merged bank is the experts' bank, and may be on the device already.
+        backbone = self.model.backbone
+        same = backbone.task_vectors.fingerprints == self.experts.fingerprints
+        bank, device = backbone.task_vectors if same else self.experts, backbone.device
         return self._hold(
-            ("expert", task),
+            "expert",
+            task,
             lambda: {name: value.to(device) for name, value in bank.expert(task).items() if name in bank.names},
         )
 
     @torch.no_grad()
-    def _hold(self, key: Any, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """One set of weights at a time is held, until another is asked for."""
-        if self._held is None or self._held[0] != key:
-            self._held = None
-            self._held = (key, make())
-        return self._held[1]
+    def _hold(self, kind: str, key: Any, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """One merge and one expert at a time are held, until another of the kind is asked for."""
+        if kind not in self._held or self._held[kind][0] != key:
+            self._held.pop(kind, None)
+            self._held[kind] = (key, make())
+        return self._held[kind][1]

@@ -11,7 +11,6 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ import adaptive_merge as am
 from adaptive_merge.callbacks.safeguards import safeguards
 from adaptive_merge.checkpoints.io import AtomicCheckpointIO
 
-soak = pytest.mark.skipif(not os.environ.get("SOAK"), reason="the long version of a test; run with SOAK=1")
 QUIET = {
     "logger": False,
     "enable_checkpointing": False,

@@ -1,7 +1,12 @@
+import math
+
 import pytest
 import torch
+from conftest import perturbed
+from fitting import fit
 from torch.nn import functional as F
 
+import adaptive_merge as am
 from adaptive_merge.errors import InputError
 from adaptive_merge.objectives import (
     Entropy,
@@ -47,7 +52,11 @@ def test_distances_are_per_image_and_zero_for_equal_features(kind):
 
 
 @pytest.mark.parametrize(
-    "objective", [Entropy(), PseudoLabel(), PseudoLabel(soft=True), ExpertDivergence(), FeatureDistance("cosine")]
+    "objective",
+    [
+        *(Entropy(), Entropy(diversity=2.0), Entropy(reliable=0.5), Entropy(1.0, reliable=1.0)),
+        *(PseudoLabel(), PseudoLabel(soft=True), ExpertDivergence(), FeatureDistance("cosine")),
+    ],
 )
 def test_gradients_stay_finite_on_extreme_logits(objective):
     given = EXTREME.clone().requires_grad_()
@@ -58,6 +67,96 @@ def test_gradients_stay_finite_on_extreme_logits(objective):
     prediction = Prediction(features[rows], given[rows])
     objective.losses(prediction, Prediction(expert.features[rows], expert.logits[rows])).sum().backward()
     assert all(torch.isfinite(leaf.grad).all() for leaf in (given, features) if leaf.grad is not None)
+
+
+def batch_formula(given, diversity, reliable):
+    """The loss of a batch as one would write it down: the mean of w·H over the kept, less diversity · H(p̄)."""
+    entropies = torch.distributions.Categorical(logits=given).entropy()
+    margin = float("inf") if reliable is None else reliable * math.log(given.shape[1])
+    kept = entropies < margin
+    weights = 1.0 if reliable is None else (margin - entropies[kept]).exp().detach()
+    mean = given.softmax(1)[kept].mean(0)
+    return (weights * entropies[kept]).mean() + diversity * (mean * mean.log()).sum()
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.parametrize(("diversity", "reliable"), [(0.0, None), (0.7, None), (0.0, 0.6), (1.3, 0.6)])
+def test_entropy_with_parts_is_the_formula_of_the_batch(classes, diversity, reliable):
+    given = (3 * torch.randn(40, classes, generator=torch.Generator().manual_seed(1))).double().requires_grad_()
+    prediction, objective = Prediction(given, given), Entropy(diversity, reliable)
+    keep = objective.keep(prediction, None)
+    assert keep.all() if reliable is None else 0 < keep.sum() < len(keep)
+    ours = objective.losses(prediction, None).where(keep, 0.0).mean() / keep.double().mean()
+    exact = batch_formula(given, diversity, reliable)
+    torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-12)
+    grads = [torch.autograd.grad(loss, given)[0] for loss in (ours, exact)]
+    torch.testing.assert_close(*grads, atol=1e-12, rtol=1e-10)
+
+
+def test_the_mean_prediction_is_that_of_all_processes():
+    """Two processes of unequal parts, one of them empty-handed, give the gradient of one process with all images."""
+    given = (2 * torch.randn(12, 4, generator=torch.Generator().manual_seed(2))).double()
+    whole = given.clone().requires_grad_()
+    batch_formula(whole, 0.9, 0.8).backward()
+    for cut in (0, 5):
+        objective, parts, told = Entropy(0.9, reliable=0.8), (given[:cut], given[cut:]), []
+        for part in parts:
+            said = []
+            objective.average = lambda value, said=said: said.append(value) or value
+            objective.losses(Prediction(part, part), None)
+            told.append([value * len(part) / 12 for value in said])
+        means, found = [sum(values) for values in zip(*told)], []
+        for part in parts:
+            leaf, answers = part.clone().requires_grad_(), iter(means)
+            objective.average = lambda value, answers=answers: next(answers)
+            prediction = Prediction(leaf, leaf)
+            losses = objective.losses(prediction, None).where(objective.keep(prediction, None), 0.0)
+            (losses.sum() / 12 / means[0]).backward()
+            found.append(leaf.grad)
+        torch.testing.assert_close(torch.cat(found), whole.grad, atol=1e-12, rtol=1e-10)
+
+
+def test_diversity_holds_off_the_collapse_to_one_class():
+    """A classifier that leans to one class: entropy alone gives it everything, with diversity it does not."""
+    torch.manual_seed(0)
+    inputs = torch.randn(90, 6)
+    shares = {}
+    for diversity in (0.0, 1.0):
+        layer = torch.nn.Linear(6, 3)
+        with torch.no_grad():
+            layer.weight.mul_(0.5)
+            layer.bias.copy_(torch.tensor([3.0, 0.0, 0.0]))
+        optimiser, objective = torch.optim.Adam(layer.parameters(), lr=0.05), Entropy(diversity)
+        for _ in range(200):
+            given = layer(inputs)
+            optimiser.zero_grad()
+            objective.losses(Prediction(inputs, given), None).mean().backward()
+            optimiser.step()
+        shares[diversity] = (layer(inputs).argmax(1) == 0).float().mean().item()
+    assert shares[0.0] > 0.95 and shares[1.0] < 0.5
+
+
+def test_two_classes_still_adapt_with_the_filter(toy, bank, heads, images):
+    """EATA's margin ln C / 2 - 1 is negative for two classes; a part of ln C is not."""
+    single = {"blue": images["blue"]}
+    alone = am.TaskVectors.from_state_dicts(toy.state_dict(), {"blue": perturbed(toy.state_dict(), 2)})
+    module = am.AdaMerging(alone, toy, {"blue": heads["blue"]}, objective=Entropy(reliable=0.4))
+    start = module.coefficients.values.detach().clone()
+    fit(module, single)
+    assert (module.coefficients.values - start).abs().max() > 1e-3
+
+
+def test_nothing_reliable_changes_nothing(toy, bank, heads, images):
+    flat = {task: head / 1000 for task, head in heads.items()}  # every prediction is close to uniform
+    module = am.AdaMerging(bank, toy, flat, objective=Entropy(diversity=1.0, reliable=0.4), lr=0.1)
+    trajectory = fit(module, images)
+    assert (trajectory == 0.3).all()
+
+
+@pytest.mark.parametrize("wrong", [{"diversity": -1.0}, {"reliable": 0.0}, {"reliable": 1.5}])
+def test_impossible_parts_of_the_entropy(wrong):
+    with pytest.raises(InputError, match="`diversity` is at least 0 and `reliable`"):
+        Entropy(**wrong)
 
 
 def test_soft_labels_against_float64():

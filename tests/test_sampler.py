@@ -41,7 +41,7 @@ def test_processes_share_the_global_batch_and_score_each_image_once(images):
     shares, scored = [], []
     for rank in range(3):
         stream = am.TaskStream(images, images_per_task=6, eval_batch_size=4)
-        stream._share = lambda rank=rank: (rank, 3)
+        stream._ranks = lambda rank=rank: (rank, 3)
         shares.append(stream.train_dataloader().dataset[2]["red"]["index"])
         scored += [index for part in stream.val_dataloader()[0] for index in part["index"].tolist()]
     assert torch.equal(torch.stack(shares, 1).flatten(), whole)

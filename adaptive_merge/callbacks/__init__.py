@@ -1,4 +1,7 @@
-"""What watches a run: history, progress, dashboards, diagnostics. None of them changes what is learned."""
+"""What watches a run: history, progress, dashboards, diagnostics, the ledger of images, and the guard.
+
+Only the guard ever changes what is kept.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from pytorch_lightning.callbacks import ProgressBar
 
 from adaptive_merge.callbacks.dashboard import Dashboard
 from adaptive_merge.callbacks.diagnostics import Diagnostics
+from adaptive_merge.callbacks.guard import Guard
 from adaptive_merge.callbacks.history import History
+from adaptive_merge.callbacks.ledger import Ledger
 from adaptive_merge.callbacks.progress import Progress
 from adaptive_merge.callbacks.sturdy import Sturdy
 from adaptive_merge.callbacks.wandb_runs import protect
 
-__all__ = ["Dashboard", "Diagnostics", "History", "Progress", "Sturdy", "protect", "watchers"]
+__all__ = ["Dashboard", "Diagnostics", "Guard", "History", "Ledger", "Progress", "Sturdy", "protect", "watchers"]
 
 
 def watchers(given: Sequence[Callback] = (), progress: bool = True) -> list[Callback]:

@@ -66,7 +66,7 @@ class Diagnostics(pl.Callback):
         """Keep what the report draws of this batch."""
         if not self._watching(trainer) or not isinstance(outputs, dict) or "logits" not in outputs:
             return
-        place, view = pl_module.tasks.index(batch["task"]), pl_module.view
+        place, view = pl_module.scored_tasks.index(batch["task"]), pl_module.view
         confidence, predicted = outputs["logits"].detach().float().softmax(-1).max(-1)
         self._kept[f"confidence.{view}.{place}"].append(confidence)
         self._kept[f"correct.{view}.{place}"].append((predicted == batch["label"]).to(torch.uint8))
@@ -93,11 +93,11 @@ class Diagnostics(pl.Callback):
     @torch.no_grad()
     def _write(self, module: pl.LightningModule) -> None:
         arrays = {name: torch.cat(parts).cpu() for name, parts in self._kept.items()}
-        arrays |= self._distances(arrays, len(module.tasks))
+        arrays |= self._distances(arrays, len(module.scored_tasks))
         arrays["cosine"] = _cosines(module.experts.vectors).cpu()
         if self._crosses(module):
             arrays["cross"] = self._cross(module)
-        save_tensors(self._path, arrays, {"tasks": json.dumps(list(module.tasks))})
+        save_tensors(self._path, arrays, {"tasks": json.dumps(list(module.scored_tasks))})
 
     def _distances(self, arrays: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
         found = {}
@@ -114,7 +114,7 @@ class Diagnostics(pl.Callback):
 
     def _cross(self, module: pl.LightningModule) -> Tensor:
         """[T, T] accuracy of each expert with the head of each task, on the kept images."""
-        tasks = module.tasks
+        tasks = module.scored_tasks
         result = torch.full((len(tasks), len(tasks)), float("nan"))
         for row, expert in enumerate(tasks):
             known = module.experts.expert(expert)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from adaptive_merge.errors import AdaptiveMergeError
+from adaptive_merge.patience import PATIENCE
 
 __all__ = ["Ranks", "RunStopped"]
-
-_TIMEOUT = timedelta(minutes=5)
 
 
 class RunStopped(AdaptiveMergeError, RuntimeError):
@@ -35,8 +32,8 @@ class Ranks:
         """Form the group; every process has to call it at the same place."""
         self._group = None
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            patience = getattr(trainer.strategy, "_timeout", None) or _TIMEOUT
-            self._group = dist.new_group(backend="gloo", timeout=min(patience, _TIMEOUT))
+            patience = getattr(trainer.strategy, "_timeout", None) or PATIENCE
+            self._group = dist.new_group(backend="gloo", timeout=patience)
 
     def release(self) -> None:
         """Forget the group; it ends with the processes."""

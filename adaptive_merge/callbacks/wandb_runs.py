@@ -60,7 +60,7 @@ def _prepare(logger: WandbLogger, folder: Path, resumed: bool) -> None:
 
 
 def _settings(given: Any, offline: bool) -> Any:
-    """Private settings, under those that the user gave."""
+    """Private settings, under those that the user gave, also by environment variables."""
     import wandb
 
     wanted = {
@@ -77,7 +77,9 @@ def _settings(given: Any, offline: bool) -> Any:
         explicit = dict(given or {})
     else:
         explicit = {name: getattr(given, name) for name in given.model_fields_set}
-    return wandb.Settings(**wanted | explicit)
+    # What is set here would win over wandb's environment variables.
+    ours = {name: value for name, value in wanted.items() if f"WANDB_{name.upper()}" not in os.environ}
+    return wandb.Settings(**ours | explicit)
 
 
 def _is_offline(logger: WandbLogger, options: dict[str, Any]) -> bool:

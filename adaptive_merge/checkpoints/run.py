@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from adaptive_merge.checkpoints.io import load_plain
 from adaptive_merge.errors import InputError, MissingFileError
 
 __all__ = ["read_checkpoint"]
@@ -22,10 +21,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"{path}: there is no such checkpoint; give the path of a run's checkpoints/last.ckpt")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds, some of them undocumented, for damaged files
-        raise InputError(f"{path}: not a readable checkpoint of tensors and plain values ({error})") from error
+    content = load_plain(path, path)
     if not isinstance(content, dict) or not {"state_dict", "global_step", "adaptive_merge"} <= content.keys():
         raise InputError(f"{path}: not a checkpoint of an adaptive_merge run")
     return content

@@ -17,7 +17,9 @@ KIND: Final = "clip"
 _PATHS: Final = ("pretrained", "experts", "heads", "text", "data", "cache", "folders", "class_names")
 
 
-def load_clip_folder(folder: Path, manifest: dict[str, Any], tasks: list[str] | None, split: str) -> Suite:
+def load_clip_folder(
+    folder: Path, manifest: dict[str, Any], tasks: list[str] | None, split: str, dtype: str = "float32"
+) -> Suite:
     """What `load_suite` gives for a folder whose `suite.json` says `"kind": "clip"`.
 
     Args:
@@ -25,10 +27,12 @@ def load_clip_folder(folder: Path, manifest: dict[str, Any], tasks: list[str] | 
         manifest: its content.
         tasks: some of its tasks, in this order; default all.
         split: `"test"`; CLIP suites have no other.
+        dtype: of the task vectors; `"bfloat16"` here or as `bank` in the manifest.
     """
     if split != "test":
         raise InputError(f"{folder / 'suite.json'}: a CLIP suite has test images only, no split {split!r}")
-    return load_clip_suite(read_clip_suite(folder, manifest, tasks))
+    suite = read_clip_suite(folder, manifest, tasks)
+    return load_clip_suite(suite if dtype == "float32" else dataclasses.replace(suite, bank=dtype))
 
 
 def read_clip_suite(folder: Path, manifest: dict[str, Any], tasks: list[str] | None = None) -> ClipSuite:

@@ -1,29 +1,33 @@
-"""`TaskStream`: one unlabelled batch per task and step for adaptation, all labelled test images for scoring."""
+"""`TaskStream`: one unlabelled batch per task and step for adaptation, labelled test images for scoring."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from adaptive_merge.data.corruptions import CorruptedImages, Corruption
 from adaptive_merge.data.images import Images
-from adaptive_merge.data.sampler import Sampling, StepSampler, draw, shuffled
+from adaptive_merge.data.protocols import Protocol, Transductive
+from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler
 from adaptive_merge.errors import InputError
 
-__all__ = ["Schedule", "TaskStream"]
+__all__ = ["Share", "TaskStream"]
 
-Schedule = Literal["joint", "shuffled"]
+Share = Literal["samples", "tasks"]
 
 
 class TaskStream(pl.LightningDataModule):
     """The data of an adaptation run.
 
-    Training batches are task → {"image": uint8 [B, 3, H, W], "index": int64 [B]}: labels never reach them.
-    Validation batches are {"task", "image", "label", "index"}, every image once, for any number of processes.
+    Training batches are task → {"image": uint8 [B, 3, H, W], "index": int64 [B]}: labels never reach them. Where
+    processes do not hold equal parts of a task's batch, "weight" says by what to multiply the mean over this
+    process's part, so that the mean over the processes is the mean over the whole batch.
+    Validation batches are {"task", "image", "label", "index"}, every scored image once, for any number of processes.
 
     Args:
         images: task → its test images.
@@ -31,6 +35,10 @@ class TaskStream(pl.LightningDataModule):
         sampling: `"fresh"` or `"epoch"`, see `draw`.
         schedule: `"joint"`: every step sees a batch of every task. `"shuffled"`: one task a step, in an order
             shuffled anew each round.
+        protocol: which images are adapted on and which are scored; default `Transductive()`.
+        corruption: what happens to all images, those adapted on and those scored; default: nothing.
+        share: what a process takes of a step: its part of every task's batch (`"samples"`), or the whole batches
+            of every W-th task (`"tasks"`), for which it alone then needs expert and adapters.
         eval_batch_size: images per evaluation batch and process.
         seed: of the stream; every draw is a function of it, the task and the step.
         num_workers: loader processes; batches of images in memory gain nothing from them.
@@ -42,6 +50,9 @@ class TaskStream(pl.LightningDataModule):
         images_per_task: int = 16,
         sampling: Sampling = "fresh",
         schedule: Schedule = "joint",
+        protocol: Protocol | None = None,
+        corruption: Corruption | None = None,
+        share: Share = "samples",
         eval_batch_size: int = 256,
         seed: int = 0,
         num_workers: int = 0,
@@ -55,69 +66,87 @@ class TaskStream(pl.LightningDataModule):
         for name, value, known in (
             ("sampling", sampling, ("fresh", "epoch")),
             ("schedule", schedule, ("joint", "shuffled")),
+            ("share", share, ("samples", "tasks")),
         ):
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}; choose {' or '.join(map(repr, known))}")
-        self.images = dict(images)
+        if (share, schedule) == ("tasks", "shuffled"):
+            raise InputError("a shuffled schedule has one task a step, which one process would own; share 'samples'")
+        if share == "tasks" and protocol and protocol.one_pass:
+            raise InputError("in a single pass tasks end before others, and their owner with them; share 'samples'")
+        self.images = {
+            task: CorruptedImages(source, corruption) if corruption else source for task, source in images.items()
+        }
         self.images_per_task, self.sampling, self.schedule = images_per_task, sampling, schedule
+        self.protocol, self.corruption, self.share = protocol or Transductive(), corruption, share
         self.eval_batch_size, self.seed, self.num_workers = eval_batch_size, seed, num_workers
+        self.protocol.check(self.images)
+
+    @cached_property
+    def draws(self) -> Draws:
+        """The images of each step, of all tasks that are adapted on."""
+        tasks = [task for task in self.images if task not in self.protocol.unseen]
+        pools = {task: self.protocol.adapted(task, len(self.images[task])) for task in tasks}
+        settings = (self.images_per_task, self.seed, self.sampling, self.schedule, self.protocol.one_pass)
+        return Draws(pools, *settings)
+
+    @cached_property
+    def scored(self) -> dict[str, Tensor]:
+        """Task → the images that are scored, int64."""
+        return {task: self.protocol.scored(task, len(images)) for task, images in self.images.items()}
+
+    def watched(self, task: str, count: int, step: int) -> Tensor:
+        """The images of a task that a guard may look at after `step` optimiser steps, see `Draws.watched`."""
+        return self.draws.watched(task, count, step * self._micro_steps())
+
+    def setup(self, stage: str) -> None:
+        """Where every image comes once, the run is as long as the pass."""
+        if stage == "fit" and self.draws.end and self.trainer.max_steps != 0:
+            self.trainer.fit_loop.epoch_loop.max_steps = -(-self.draws.end // self._micro_steps())
 
     def train_dataloader(self) -> DataLoader:
-        """Unlabelled steps without end, from the step that the trainer has reached."""
-        rank, world = self._share()
-        if self.images_per_task % world:
-            raise InputError(
-                f"images_per_task={self.images_per_task} cannot be shared evenly by {world} processes; "
-                f"choose a multiple of {world}"
-            )
-        steps = _Steps(self.images, self.images_per_task, self.sampling, self.schedule, self.seed, rank, world)
-        return DataLoader(steps, batch_size=None, sampler=StepSampler(self._steps_taken), num_workers=self.num_workers)
+        """Unlabelled steps, from the one that the trainer has reached; without end, but in a single pass."""
+        take = {task: self.images[task].take for task in self.draws.pools}
+        steps = _Steps(self.draws, take, *self._ranks(), self.share == "tasks")
+        sampler = StepSampler(self._steps_taken, self.draws.end)
+        return DataLoader(steps, batch_size=None, sampler=sampler, num_workers=self.num_workers)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader per task over this process's share of the test images; nothing is padded or repeated."""
-        rank, world = self._share()
+        """One loader per task over this process's share of the scored images; nothing is padded or repeated."""
+        rank, world = self._ranks()
         loaders = []
         for task, images in self.images.items():
-            share = torch.arange(rank, len(images), world).split(self.eval_batch_size)
+            share = self.scored[task][rank::world].split(self.eval_batch_size)
             loaders.append(DataLoader(_Labelled(task, images, share), batch_size=None, num_workers=self.num_workers))
         return loaders
 
-    def _share(self) -> tuple[int, int]:
+    def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    def _micro_steps(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
     def _steps_taken(self) -> int:
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
+        return self.trainer.global_step * self._micro_steps() if self.trainer else 0
 
 
 class _Steps(Dataset):
-    """Step → batches; holds no labels."""
+    """Step → this process's batches; holds no labels."""
 
     def __init__(
-        self,
-        images: Mapping[str, Images],
-        batch: int,
-        sampling: Sampling,
-        schedule: Schedule,
-        seed: int,
-        rank: int,
-        world: int,
+        self, draws: Draws, take: Mapping[str, Callable[[Tensor], Tensor]], rank: int, world: int, owns: bool
     ) -> None:
-        self.take = {task: source.take for task, source in images.items()}
-        self.sizes = {task: len(source) for task, source in images.items()}
-        self.batch, self.sampling, self.schedule, self.seed = batch, sampling, schedule, seed
-        self.rank, self.world = rank, world
+        self.draws, self.take, self.rank, self.world, self.owns = draws, take, rank, world, owns
+        self.mine = tuple(take)[rank::world] if owns else tuple(take)
 
-    def __getitem__(self, step: int) -> dict[str, dict[str, Tensor]]:
-        tasks, turn = tuple(self.sizes), step
-        if self.schedule == "shuffled":
-            turn, place = divmod(step, len(tasks))
-            tasks = (shuffled(tasks, self.seed, turn)[place],)
-        return {task: self._batch(task, turn) for task in tasks}
+    def __getitem__(self, step: int) -> dict[str, dict[str, Any]]:
+        return {task: self._batch(task, index) for task, index in self.draws[step].items() if task in self.mine}
 
-    def _batch(self, task: str, turn: int) -> dict[str, Tensor]:
-        chosen = draw(self.sizes[task], self.batch, self.seed, task, turn, self.sampling)
-        index = torch.from_numpy(chosen[self.rank :: self.world].astype("int64"))
-        return {"image": self.take[task](index), "index": index}
+    def _batch(self, task: str, whole: Tensor) -> dict[str, Any]:
+        index = whole if self.owns else whole[self.rank :: self.world]
+        weight = self.world * len(index) / len(whole)
+        batch = {"image": self.take[task](index), "index": index}
+        return batch if weight == 1 else batch | {"weight": weight}
 
 
 class _Labelled(Dataset):

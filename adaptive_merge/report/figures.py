@@ -30,6 +30,7 @@ __all__ = [
     "compare_bars",
     "compare_curves",
     "gap_recovered",
+    "prequential_curves",
     "recovered",
     "resources",
     "smooth",
@@ -135,22 +136,46 @@ def smooth(curve: Curve, points: int = _SMOOTHED) -> Curve:
 
 
 @styled
-def adaptation_curves(curves: Mapping[str, Curve], y: str, total: Curve | None = None) -> Figure:
-    """One quantity of each task over the steps, in [0, 1]: normalised entropy, agreement, kept fraction.
+def adaptation_curves(
+    curves: Mapping[str, Curve], y: str, total: Curve | None = None, sparse: bool = False
+) -> Figure:
+    """One quantity of each task over the steps, from 0 up: normalised entropy, agreement, kept fraction.
 
     Args:
         curves: task → steps and values.
         y: what the values are.
         total: a curve over all tasks, drawn dark.
+        sparse: known at a few steps only, so that each of them is a dot.
     """
     figure, (axes,) = canvas(4.8, 3.2)
     for index, (task, curve) in enumerate(curves.items()):
         steps, values = smooth(curve)
-        axes.plot(steps, values, color=colour(index), label=label(task, 14), marker="o" if len(steps) < 3 else "")
+        style = {"marker": "o" if sparse or len(steps) < 3 else "", "markersize": 3.5 if sparse else 6}
+        axes.plot(steps, values, color=colour(index), label=label(task, 14), **style)
     if total is not None and len(curves) > 1:
-        axes.plot(*smooth(total), color=INK, linewidth=2.2, label="mean")
+        axes.plot(*smooth(total), color=INK, linewidth=2.2, label="mean", marker="o" if sparse else "", markersize=3.5)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     tune(axes, x="step", y=y)
+    legend(axes)
+    return figure
+
+
+@styled
+def prequential_curves(curves: Mapping[str, Curve], mean: float, final: float) -> Figure:
+    """Accuracy over the images of a single pass, each predicted before it was used.
+
+    Args:
+        curves: task → numbers of images and accuracy in [0, 1] over the first so many.
+        mean: of the tasks' accuracies over the whole pass, as a solid line.
+        final: of those of the model that was kept, asked about all images afterwards, as a dashed line.
+    """
+    figure, (axes,) = canvas(4.8, 3.2)
+    for index, (task, (images, values)) in enumerate(curves.items()):
+        axes.plot(images, 100 * np.asarray(values), color=colour(index), label=label(task, 14), marker=".")
+    for value, style, name in ((mean, "-", "mean of the pass"), (final, "--", "kept model, mean")):
+        axes.axhline(100 * value, color=INK, linewidth=1.3, linestyle=style, label=f"{name} {100 * value:.1f} %")
+    axes.set_ylim(0, 102)
+    tune(axes, x="images of the stream", y="accuracy so far in %")
     legend(axes)
     return figure
 

@@ -13,13 +13,11 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.report.figures import Curve
 from adaptive_merge.report.privacy import scrub
+from adaptive_merge.report.record import read_record
 
 __all__ = ["Diagnostics", "History", "Run", "read_run", "read_tensors"]
-
-_VIEWS = ("pretrained", "individual", "initial", "adapted")
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,26 @@ class Run:
 
     @property
     def tasks(self) -> dict[str, dict[str, float]]:
-        """Task → number of images and the four accuracies."""
+        """Task → number of scored images and the four accuracies; merged and unseen tasks."""
         return self.results["tasks"]
+
+    @property
+    def merged(self) -> dict[str, dict[str, float]]:
+        """The same of the tasks that were merged, which all means are over."""
+        return {task: row for task, row in self.tasks.items() if task not in self.results["unseen"]["tasks"]}
+
+    def shown(self, task: str) -> str:
+        """A task's name in figures and sentences; in front, because long names lose their end."""
+        return f"unseen: {task}" if task in self.results["unseen"]["tasks"] else task
+
+    def calibration_error(self, view: str) -> float | None:
+        """Mean over the merged tasks of the expected calibration error; None where it was not recorded."""
+        found = self.results["calibration"].get(view)
+        return float(np.mean([found[task] for task in self.merged])) if found else None
+
+    def criterion(self, view: str, name: str) -> float | None:
+        """Mean over the merged tasks of what needs no labels: `"agreement"`, `"js"` or `"entropy"`."""
+        return self.results["criteria"].get(view, {}).get(name)
 
     def curve(self, quantity: str, task: str | None = None) -> Curve | None:
         """Steps and values of a logged training quantity, of one task or of all together."""
@@ -76,7 +92,7 @@ def read_run(folder: str | Path) -> Run:
         MissingFileError, InputError: there is no `results.json`, or it is not one of ours.
     """
     folder, notes = Path(folder), []
-    results = _read_results(folder / "results.json")
+    results = read_record(folder / "results.json", notes)
     config, curves = _read_config(folder / "config.yaml", notes), _read_curves(folder / "metrics.csv", notes)
     history = _read_history(folder / "history.safetensors", notes)
     diagnostics = _read_diagnostics(folder / "diagnostics.safetensors", notes)
@@ -88,20 +104,6 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with safe_open(path, framework="np") as file:
         metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         return {name: file.get_tensor(name) for name in file.keys()}, metadata
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise MissingFileError(f"{path}: there is no such file; name a run folder whose `fit` has finished")
-    try:
-        results = json.loads(path.read_text())
-        complete = all(isinstance(row[view], (int, float)) for row in results["tasks"].values() for view in _VIEWS)
-        if results["schema"] != 1 or not results["tasks"] or not complete:
-            raise KeyError("schema")
-        results["average"] = {view: float(np.mean([row[view] for row in results["tasks"].values()])) for view in _VIEWS}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not results of this version of the program ({error!r}); run `fit` again") from error
-    return results
 
 
 def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:

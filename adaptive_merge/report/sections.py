@@ -19,6 +19,31 @@ __all__ = ["Panel", "Plan", "Section", "draw", "run_sections"]
 _log = logging.getLogger(__name__)
 Plan = tuple[str, str, Callable[[], Figure], bool]  # title, caption, how to draw it, whether it is wide
 
+# Logged quantity, title, caption, and whether it is known at the guard's looks only.
+_CURVES = (
+    (
+        "entropy",
+        "Normalised entropy",
+        "Of the predictions on the unlabelled batches: 0 is certain, 1 knows nothing.",
+        False,
+    ),
+    (
+        "agreement",
+        "Agreement with the expert",
+        "Part of the images that the guard looks at where model and expert say the same class; no label has a part.",
+        True,
+    ),
+    ("js", "JS divergence to the expert", "Jensen–Shannon, in nats, on the images that the guard looks at.", True),
+    (
+        "marginal",
+        "Marginal entropy",
+        "Of the mean prediction, over ln C: near 0, all images that the guard looks at go to one class.",
+        True,
+    ),
+    ("norm", "Length of the features", "Over that of the expert's features on the same images: 1 is as long.", True),
+    ("kept", "Kept fraction", "Part of each batch that passed the confidence filter.", False),
+)
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -52,7 +77,7 @@ def run_sections(run: Run, prefix: str, tsne: bool = False) -> list[Section]:
         tsne: also project with t-SNE, which takes seconds and scikit-learn.
     """
     parts = (
-        ("Accuracy", _accuracy(run)),
+        ("Accuracy", chain(_accuracy(run), _prequential(run))),
         ("Coefficients", _coefficients(run)),
         ("Adaptation", chain(_adaptation(run), _resources(run))),
         ("Features, interference, calibration", chain(_features(run, tsne), _interference(run), _calibration(run))),
@@ -76,7 +101,7 @@ def draw(plans: Iterator[Plan], prefix: str, notes: list[str]) -> list[Panel]:
 
 
 def _accuracy(run: Run) -> Iterator[Plan]:
-    tasks = run.tasks
+    tasks = {run.shown(task): row for task, row in run.tasks.items()}
     yield (
         "Accuracy per task",
         "Sorted by what the adapted merge reaches; “individual” is each expert on its own "
@@ -91,12 +116,33 @@ def _accuracy(run: Run) -> Iterator[Plan]:
             lambda: figures.accuracy_radar(tasks),
             False,
         )
-    if all(part is None for part in figures.recovered(tasks).values()):
+    if any(part is not None for part in figures.recovered(tasks).values()):
+        yield (
+            "Gap recovered",
+            "How much of the distance from the merge to the expert the adaptation closed; below zero it lost.",
+            lambda: figures.gap_recovered(tasks),
+            False,
+        )
+
+
+def _prequential(run: Run) -> Iterator[Plan]:
+    online = run.results["online"]
+    if online is None:
         return
+    passes = {task: online["tasks"][task] for task in run.merged}
+    late = sum(one["images"][-1] - one["predicted"] for one in passes.values())
+    mean, final = (
+        float(np.mean([row[task] for task in passes]))
+        for row in ({task: one["curve"][-1] for task, one in passes.items()}, online["final"])
+    )
     yield (
-        "Gap recovered",
-        "How much of the distance from the merge to the expert the adaptation closed; below zero it lost.",
-        lambda: figures.gap_recovered(tasks),
+        "Prequential accuracy",
+        f"Every image was predicted before it was used; {100 * mean:.1f} % on average over the pass. The model that was "
+        f"kept reaches {100 * final:.1f} % when it is asked about all images afterwards, which is no online result."
+        + (f" No step predicted {late:,} of the images; the model that was kept did." if late else ""),
+        lambda: figures.prequential_curves(
+            {task: (np.array(one["images"]), np.array(one["curve"])) for task, one in passes.items()}, mean, final
+        ),
         False,
     )
 
@@ -129,15 +175,7 @@ def _coefficients(run: Run) -> Iterator[Plan]:
 
 
 def _adaptation(run: Run) -> Iterator[Plan]:
-    for quantity, title, caption in (
-        (
-            "entropy",
-            "Normalised entropy",
-            "Of the predictions on the unlabelled batches: 0 is certain, 1 knows nothing.",
-        ),
-        ("agreement", "Agreement with the expert", "Part of each batch where merge and expert say the same class."),
-        ("kept", "Kept fraction", "Part of each batch that passed the confidence filter."),
-    ):
+    for quantity, title, caption, sparse in _CURVES:
         curves = {task: curve for task in run.tasks if (curve := run.curve(quantity, task))}
         total = run.curve(quantity)
         if not curves and total is not None and np.ptp(total[1]) > 0:
@@ -146,7 +184,9 @@ def _adaptation(run: Run) -> Iterator[Plan]:
             yield (
                 title,
                 caption,
-                lambda curves=curves, total=total, title=title: figures.adaptation_curves(curves, title.lower(), total),
+                lambda curves=curves, total=total, title=title, sparse=sparse: figures.adaptation_curves(
+                    curves, title.lower(), total, sparse
+                ),
                 False,
             )
     loss = run.curve("loss")
@@ -164,7 +204,8 @@ def _features(run: Run, tsne: bool) -> Iterator[Plan]:
     if found is None:
         return
     if {"distance.initial", "distance.adapted"} <= found.arrays.keys():
-        before, after = (dict(zip(found.tasks, found.arrays[f"distance.{view}"])) for view in ("initial", "adapted"))
+        names = [run.shown(task) for task in found.tasks]
+        before, after = (dict(zip(names, found.arrays[f"distance.{view}"])) for view in ("initial", "adapted"))
         yield (
             "Distance to the expert's features",
             "Representation bias: mean absolute difference per feature on the same images.",
@@ -195,18 +236,19 @@ def _interference(run: Run) -> Iterator[Plan]:
     found = run.diagnostics
     if found is None:
         return
+    names = [run.shown(task) for task in found.tasks]
     if "cosine" in found.arrays:
         yield (
             "Cosine of task vectors",
             "Near 0, adding one expert hardly disturbs another.",
-            lambda: feature_figures.cosine_matrix(found.tasks, found.arrays["cosine"]),
+            lambda: feature_figures.cosine_matrix(names, found.arrays["cosine"]),
             False,
         )
     if "cross" in found.arrays:
         yield (
             "Experts on each other's tasks",
             "Accuracy in % of each expert with the head of each task.",
-            lambda: feature_figures.cross_accuracy(found.tasks, found.arrays["cross"]),
+            lambda: feature_figures.cross_accuracy(names, found.arrays["cross"]),
             False,
         )
 
@@ -220,8 +262,8 @@ def _calibration(run: Run) -> Iterator[Plan]:
         parts = [
             [
                 found.arrays[f"{kind}.{view}.{place}"]
-                for place in range(len(found.tasks))
-                if f"{kind}.{view}.{place}" in found.arrays
+                for place, task in enumerate(found.tasks)
+                if task in run.merged and f"{kind}.{view}.{place}" in found.arrays
             ]
             for kind in ("confidence", "correct")
         ]
@@ -230,7 +272,7 @@ def _calibration(run: Run) -> Iterator[Plan]:
     if models:
         yield (
             "Reliability",
-            "All tasks' images together. Below the diagonal a model is surer than it is right; dots "
+            "The images of all merged tasks together. Below the diagonal a model is surer than it is right; dots "
             "are sized by images.",
             lambda: feature_figures.reliability(models),
             False,
@@ -249,6 +291,7 @@ def _resources(run: Run) -> Iterator[Plan]:
 
 
 def _task_with_most_room(run: Run, tasks: list[str]) -> int:
-    """The task where merge and expert are furthest apart has most to show."""
-    room = [run.tasks[task]["individual"] - run.tasks[task]["initial"] if task in run.tasks else -1 for task in tasks]
+    """The merged task where merge and expert are furthest apart has most to show."""
+    rows = [run.merged.get(task) for task in tasks]
+    room = [row["individual"] - row["initial"] if row else -2 for row in rows]
     return int(np.argmax(room))

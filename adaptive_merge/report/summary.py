@@ -9,8 +9,10 @@ import numpy as np
 from adaptive_merge.report.figures import recovered
 from adaptive_merge.report.runs import Run
 from adaptive_merge.report.style import printable
+from adaptive_merge.report.terms import ORACLE, guard_warnings, meaning, protocol
+from adaptive_merge.results import uses_labels
 
-__all__ = ["Card", "cards", "duration", "warnings_of"]
+__all__ = ["Card", "cards", "duration", "gap_closed", "warnings_of"]
 
 _CHANCE = 0.005  # half a percentage point: smaller losses are not worth a warning
 _FEW = 100
@@ -28,12 +30,15 @@ class Card:
 def cards(run: Run) -> list[Card]:
     """The numbers that sum up one run."""
     results, average = run.results, run.results["average"]
-    parts = [part for part in recovered(run.tasks).values() if part is not None]
-    seconds = results.get("seconds", {})
+    closed, seconds = gap_closed(run), results.get("seconds", {})
+    kind = "prequential mean" if results["online"] else "mean"
     shown = [
-        Card("adapted accuracy", f"{100 * average['adapted']:.1f} %", f"mean of {len(run.tasks)} tasks"),
+        *([Card("chosen by labels", ORACLE, "not a label-free result")] if uses_labels(results) else []),
+        Card("protocol", printable(protocol(run), 18), meaning(run)),
+        Card("adapted accuracy", f"{100 * average['adapted']:.1f} %", f"{kind} of {len(run.merged)} tasks"),
+        *_unseen(run),
         Card("gain over the merge", f"{100 * (average['adapted'] - average['initial']):+.1f}", "percentage points"),
-        Card("gap closed", f"{100 * float(np.mean(parts)):.0f} %" if parts else "–", "merge to experts, mean"),
+        Card("gap closed", f"{100 * closed:.0f} %" if closed is not None else "–", "merge to experts, mean"),
         Card("steps", f"{results.get('steps', 0):,}", f"in {duration(seconds.get('adapt', 0))}"),
         Card(
             "numbers learned",
@@ -48,11 +53,26 @@ def cards(run: Run) -> list[Card]:
     return shown
 
 
+def _unseen(run: Run) -> list[Card]:
+    tasks, average = run.results["unseen"].values()
+    if not tasks:
+        return []
+    gained = 100 * (average["adapted"] - average["initial"])
+    note = f"mean of {len(tasks)} task{'s' if len(tasks) > 1 else ''}, {gained:+.1f} over the merge"
+    return [Card("on unseen tasks", f"{100 * average['adapted']:.1f} %", note)]
+
+
+def gap_closed(run: Run) -> float | None:
+    """Mean over the merged tasks of the part of the gap to the expert that was closed; None where there is no gap."""
+    parts = [part for part in recovered(run.merged).values() if part is not None]
+    return float(np.mean(parts)) if parts else None
+
+
 def warnings_of(run: Run) -> list[str]:
     """What a reader of this run should not miss, as plain sentences."""
-    found = []
+    found = guard_warnings(run)
     for task, row in run.tasks.items():
-        name = printable(task, 40)
+        name = printable(run.shown(task), 40)
         if row["adapted"] < row["initial"] - _CHANCE:
             lost = 100 * (row["initial"] - row["adapted"])
             found.append(f"{name}: adaptation lost {lost:.1f} points against the merge that it started from.")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import pytorch_lightning as pl
-from processes import guarded, launch, parts, soak, texts
+from processes import guarded, launch, parts, texts
 
 import adaptive_merge as am
 
@@ -33,7 +33,7 @@ def measure(rank, world, folder):
     (folder / f"{rank}.txt").write_text("{:.2f} with, {:.2f} without".format(*medians))
 
 
-@soak
+@pytest.mark.soak
 @pytest.mark.parametrize("world", [1, 2])
 def test_cost_of_a_step(tmp_path, world, record_property):
     assert launch(world, measure, world, tmp_path, folder=tmp_path) == [0] * world, texts(tmp_path)

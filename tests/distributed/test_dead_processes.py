@@ -3,15 +3,21 @@
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import pytorch_lightning as pl
-from processes import crowding, guarded, parts, start, texts, wait
+import torch
+import torch.distributed as dist
+from processes import QUIET, crowding, guarded, launch, parts, start, texts, wait
+from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import adaptive_merge as am
 from adaptive_merge.callbacks.preemption import Preemption
+from adaptive_merge.callbacks.rng import RngState
 
 
 class Accident(pl.Callback):
@@ -76,3 +82,28 @@ def test_the_job_ends_in_time_with_an_error_and_leaves_nobody(tmp_path):
         seconds = time.monotonic() - began
         assert seconds <= 30 * crowding(), f"{kind}: {seconds:.0f} s"
         assert session_of(process) == [], kind
+
+
+class Patience(pl.Callback):
+    """Keep how many seconds the processes' groups wait: the strategy's own, and that of our flags."""
+
+    def on_train_batch_end(self, trainer, *_):
+        state = next(callback for callback in trainer.callbacks if isinstance(callback, RngState))
+        groups = (dist.distributed_c10d._get_default_group(), state._ranks._group)
+        self.seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def patient(rank, folder, given):
+    bank, toy, heads, images = parts()
+    patience = Patience()
+    strategy = "ddp" if given is None else DDPStrategy(timeout=timedelta(seconds=given))
+    trainer = pl.Trainer(devices=2, strategy=strategy, max_steps=1, callbacks=[RngState(), patience], **QUIET)
+    trainer.fit(am.AdaMerging(bank, toy, heads), datamodule=am.TaskStream(images, 8))
+    (folder / f"{rank}.txt").write_text(str(patience.seconds))
+
+
+@pytest.mark.parametrize("given", [None, 60, 1800, 3600])
+def test_processes_wait_five_minutes_for_one_another_unless_told_otherwise(tmp_path, given):
+    assert launch(2, patient, tmp_path, given, folder=tmp_path) == [0, 0], texts(tmp_path)
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.txt").read_text() == str([float(given or 300)] * 2)

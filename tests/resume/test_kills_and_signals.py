@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 from fitting import Trajectory
-from processes import guarded, parts, soak, start, wait
+from processes import guarded, parts, start, wait
 
 import adaptive_merge as am
 from adaptive_merge.callbacks.preemption import Preempted
@@ -52,7 +52,7 @@ def test_kills_during_saves_leave_a_whole_checkpoint_and_no_orphans(tmp_path):
     assert partial > 0, "no kill hit a save: the test proves nothing"
 
 
-@soak
+@pytest.mark.soak
 def test_two_hundred_kills(tmp_path, record_property):
     unreadable, orphans, partial = kill_during_saves(tmp_path, 200, seed=1)
     record_property("saves that were hit", partial)
@@ -106,7 +106,7 @@ def test_a_signal_inside_backward_saves_the_end_of_the_step(tmp_path, monkeypatc
             signal.signal(number, handler)
 
 
-@soak
+@pytest.mark.soak
 def test_a_hundred_signals_inside_backward(tmp_path, monkeypatch):
     signals_inside_backward(tmp_path, 100, monkeypatch)
 

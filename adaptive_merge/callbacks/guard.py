@@ -1,0 +1,237 @@
+"""`Guard`: sees a collapse without labels, ends the run and gives back the best state; chooses the step to keep."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from adaptive_merge.callbacks.ranks import Ranks
+from adaptive_merge.callbacks.signals import Alarm, Range, Signals, judge, mean_change
+from adaptive_merge.callbacks.watch import Watch
+from adaptive_merge.errors import InputError
+
+__all__ = ["Guard", "Select"]
+
+Select = Literal["last", "agreement", "js", "entropy", "oracle"]
+
+SHARE = 0.025  # of a run's forward passes; with the first look, which runs more of them, less than 3 %
+FLOOR = 25  # steps between looks, at least
+SOON = 5  # steps to the next look where the run may have to end
+PATIENCE = 3  # looks in a row that end a run
+_LABEL_FREE = ("agreement", "js", "entropy")
+_MOST = 100  # warnings that are recorded
+_STATE = ("best", "warnings", "stopped", "next", "last", "checks", "in_a_row")
+_log = logging.getLogger(__name__)
+
+
+class Guard(pl.Callback):
+    """Look at a few unlabelled images of every task now and then; stop a collapse and restore the best state.
+
+    The images are those that the stream's `watched` names; labels are never read, except by `select="oracle"`. What
+    the model says is compared with the tasks' own experts, and with the model that the run started with on the same
+    images; `signals.judge` says what counts as a collapse. Three such looks in a row end the run: it goes back to
+    the state of the highest agreement, the start included, and ends normally, so that it is scored like any other.
+    With a data module that has no `watched`, only coefficients without bounds are watched, and nothing is stopped.
+
+    Args:
+        every: steps between looks; default: so many that looking costs at most 3 % of the run, at least 25.
+        images: images of each task to look at.
+        select: the state that is kept at the end: the last one or, of those that were looked at, start and end
+            included, the one that agrees most with the experts, has the smallest JS divergence to them, or the
+            smallest entropy. `"oracle"` keeps the one of the best validated accuracy, and so uses labels.
+        on_collapse: `"warn"` lets a collapsed run go on.
+    """
+
+    def __init__(
+        self,
+        every: int | None = None,
+        images: int = 32,
+        select: Select = "last",
+        on_collapse: Literal["stop", "warn"] = "stop",
+    ) -> None:
+        if (every is not None and every < 1) or images < 1:
+            raise InputError(f"the guard looks every {every} steps at {images} images of a task; give at least 1 each")
+        if select not in ("last", *_LABEL_FREE, "oracle"):
+            raise InputError(f"unknown select {select!r}; choose 'last', 'agreement', 'js', 'entropy' or 'oracle'")
+        if on_collapse not in ("stop", "warn"):
+            raise InputError(f"unknown on_collapse {on_collapse!r}; choose 'stop' or 'warn'")
+        self.every, self.images, self.select, self.on_collapse = every, images, select, on_collapse
+        self._ranks = Ranks()
+        self._reset()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a collapse ended the run."""
+        return self._stopped is not None
+
+    def record(self) -> dict[str, Any]:
+        """What the guard saw and did, for `results.json`."""
+        return {
+            "select": self.select,
+            "kept_step": self._kept_step,
+            "checks": self._checks,
+            "warnings": list(self._warnings),
+            "stopped": self._stopped,
+        }
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the state that all starts from; a run that a collapse has ended stays ended."""
+        self._ranks.connect(trainer)
+        self._watch = Watch(pl_module, self._ranks, self.images)
+        self._interval = self._wanted_interval(trainer, pl_module)
+        if self.select == "oracle":
+            _check_oracle(trainer)
+        if not hasattr(trainer.datamodule, "watched") and trainer.is_global_zero:
+            _log.warning("the data module has no `watched`: the guard sees nothing but the range of free coefficients")
+        if trainer.global_step == 0 or not self._best:
+            self._reset()
+            self._next = trainer.global_step + self._interval
+            state = _snapshot(pl_module)
+            for name in {"agreement", self.select}.intersection(_LABEL_FREE):
+                self._best[name] = (0.0, trainer.global_step, state)
+        if self._stopped and self.on_collapse == "stop":
+            trainer.should_stop = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Look where it is time, and at the last step."""
+        step = trainer.global_step
+        if step == self._last or self._stopped or (step < self._next and step != trainer.max_steps):
+            return
+        now = self._look(trainer, pl_module)
+        for logger in trainer.loggers if now else ():
+            # `self.log` would repeat the values at every step until the next look. Lightning's rows count from 0.
+            logger.log_metrics(_metrics(now), step - 1)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """With labels, where the user asked for it: note the accuracy of this state."""
+        if self.select == "oracle" and trainer.state.fn == "fit" and not (trainer.sanity_checking or self._stopped):
+            self._note("oracle", float(trainer.callback_metrics["adapted/accuracy"]), trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the chosen state; a run that ended before its last step is looked at once more."""
+        if self.select in _LABEL_FREE and not self._stopped and self._last != trainer.global_step:
+            self._look(trainer, pl_module)
+        if self._stopped:
+            self._kept_step = self._stopped["restored_step"]
+        elif self.select in self._best:
+            self._kept_step = self._restore(self.select, pl_module)
+        else:
+            self._kept_step = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to decide as the uninterrupted one would."""
+        return {name: getattr(self, f"_{name}") for name in _STATE}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of a resumed run."""
+        for name in _STATE:
+            setattr(self, f"_{name}", state_dict[name])
+
+    def _reset(self) -> None:
+        # Criterion → score, step and learned values of the best state so far.
+        self._best: dict[str, tuple[float, int, list[Tensor]]] = {}
+        self._warnings: list[dict[str, Any]] = []
+        self._stopped: dict[str, Any] | None = None
+        self._kept_step: int | None = None
+        self._next = self._last = self._checks = self._in_a_row = 0
+
+    def _wanted_interval(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
+        """Counted in forward passes of one image; the same on every process and after every resume."""
+        stream = trainer.datamodule
+        if self.every or not hasattr(stream, "watched"):
+            return self.every or FLOOR
+        tasks = len(module.tasks)
+        look = tasks * self.images
+        if stream.protocol.one_pass:  # other images each time, for the start and the experts as well
+            look *= 3
+        at_once = 1 if stream.schedule == "shuffled" else tasks
+        step = 3 * stream.images_per_task * at_once * trainer.accumulate_grad_batches  # a backward is two forwards
+        return max(FLOOR, math.ceil(look / (SHARE * step)))
+
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Signals]:
+        now, start = self._watch.compare(trainer, module)
+        self._last, self._checks = trainer.global_step, self._checks + 1
+        for name in self._best.keys() & set(_LABEL_FREE) if now else ():
+            better = mean_change(now, start, name) * (1 if name == "agreement" else -1)
+            self._note(name, better, trainer, module)
+        alarms = judge(now, start, *_ranges(module))
+        critical = [alarm for alarm in alarms if alarm.stop]
+        self._in_a_row = self._in_a_row + 1 if critical else 0
+        self._tell(alarms, trainer)
+        soon = 0 < self._in_a_row < PATIENCE
+        self._next = trainer.global_step + (min(SOON, self._interval) if soon else self._interval)
+        if self._in_a_row == PATIENCE and self.on_collapse == "stop":
+            self._stop(critical[0], trainer, module)
+        return now
+
+    def _note(self, name: str, score: float, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if name not in self._best or score > self._best[name][0]:
+            self._best[name] = (score, trainer.global_step, _snapshot(module))
+
+    def _tell(self, alarms: list[Alarm], trainer: pl.Trainer) -> None:
+        known = {(warning["signal"], warning["task"]) for warning in self._warnings}
+        for alarm in alarms:
+            entry = {"step": trainer.global_step, "task": alarm.task, "signal": alarm.signal, "value": alarm.value}
+            if len(self._warnings) < _MOST:
+                self._warnings.append(entry)
+            if (alarm.signal, alarm.task) not in known and trainer.is_global_zero:
+                _log.warning("step %d: %s", trainer.global_step, alarm)
+
+    def _stop(self, alarm: Alarm, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        back = self._restore("agreement", module)
+        self._stopped = {"step": trainer.global_step, "reason": str(alarm), "restored_step": back}
+        trainer.should_stop = True
+        if trainer.is_global_zero:
+            _log.warning(
+                "stopped at step %d: the model collapses (%s). It is set back to step %d, where it agreed best with "
+                "the experts; lower --model.lr, or bound the coefficients",
+                *(trainer.global_step, alarm, back),
+            )
+
+    @torch.no_grad()
+    def _restore(self, name: str, module: pl.LightningModule) -> int:
+        _, step, state = self._best[name]
+        for parameter, value in zip(module.learned, state):
+            parameter.copy_(value)
+        return step
+
+
+def _snapshot(module: pl.LightningModule) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.learned]
+
+
+def _ranges(module: pl.LightningModule) -> tuple[Range | None, Range]:
+    """The coefficients' range now, None where it is bounded, and at the start."""
+    first, bound = module.views.initial, module.coefficients
+    watched = bound.trainable and bound.bounds == "free"
+    return (_range(bound.values.detach()) if watched else None), _range(first)
+
+
+def _range(values: Tensor) -> Range:
+    return float(values.min()), float(values.max())
+
+
+def _metrics(now: dict[str, Signals]) -> dict[str, float]:
+    """`train/<task>/<signal>`, then the means over tasks."""
+    names = ("agreement", "js", "marginal", "norm")
+    single = {f"train/{task}/{name}": getattr(ours, name) for task, ours in now.items() for name in names}
+    means = {name: sum(getattr(ours, name) for ours in now.values()) / len(now) for name in names}
+    return single | {f"train/{name}": value for name, value in means.items()}
+
+
+def _check_oracle(trainer: pl.Trainer) -> None:
+    """InputError where no validation with labels comes within the run."""
+    protocol = getattr(trainer.datamodule, "protocol", None)
+    if getattr(protocol, "one_pass", False):
+        raise InputError("select='oracle' cannot choose a step of a single pass: each image's first prediction counts")
+    within = trainer.max_steps < 0 or trainer.val_check_batch <= trainer.max_steps * trainer.accumulate_grad_batches
+    if not trainer.enable_validation or not within:
+        raise InputError(
+            "select='oracle' keeps the step of the best validation, but this run has none; set "
+            "--trainer.val_check_interval to some steps of its max_steps"
+        )

@@ -1,0 +1,120 @@
+"""On what terms a run was made, in words: protocol, the choice of the step, what the guard saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptive_merge.report.runs import Run
+from adaptive_merge.report.style import printable
+from adaptive_merge.results import footing, uses_labels
+
+__all__ = ["ORACLE", "alarms", "choice", "guard_warnings", "meaning", "protocol", "sentence", "terms"]
+
+ORACLE = "ORACLE"
+_NOT_RECORDED = "not recorded"
+_MEANING = {
+    "transductive": "adapted on the images that are scored",
+    "holdout": "scored on images that it never adapted on",
+    "online": "one pass: each image was predicted before it was used",
+    "unseen": "some of the tasks were neither merged nor adapted on",
+}
+_CHOICES = {
+    "agreement": "it agreed most with the experts",
+    "js": "its Jensen–Shannon divergence to the experts was the smallest",
+    "entropy": "its predictions had the smallest entropy",
+}
+_SIGNALS = {
+    "agreement": "images that lost the experts' class",
+    "marginal": "predictions that crowd into few classes",
+    "norm": "features of another length than the expert's",
+    "coefficients": "coefficients out of the usual range",
+}
+_RECORDED = 100  # the guard writes down no more warnings than this
+
+
+def protocol(run: Run) -> str:
+    """Its name."""
+    found = run.results["protocol"]
+    return str(found["name"]) if found else _NOT_RECORDED
+
+
+def meaning(run: Run) -> str:
+    """What the protocol means, in a few words; empty where it is not known."""
+    return _MEANING.get(protocol(run), "")
+
+
+def terms(run: Run) -> str:
+    """What has to be the same where two runs are compared: protocol, corruption, and whether labels had a part."""
+    data = run.config.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    parts = [protocol(run), *_arguments(data.get("protocol"))]
+    if data.get("corruption"):
+        parts.append("images corrupted by " + ", ".join(_arguments(data["corruption"])))
+    return ", ".join([*parts, ORACLE] if uses_labels(run.results) else parts)
+
+
+def sentence(run: Run) -> str:
+    """The protocol with its settings, and how many images were adapted on and scored."""
+    if run.results["protocol"] is None:
+        return "The protocol was not recorded."
+    text = footing(run.results)
+    settings = terms(run).split(", ", 1)[1:]
+    return f"{text[0].upper()}{text[1:]}{f' ({settings[0]})' if settings else ''}."
+
+
+def choice(run: Run) -> str:
+    """Which step was kept and why; empty where it was not recorded."""
+    guard = run.results["guard"]
+    kept, select = guard.get("kept_step"), guard.get("select")
+    if guard.get("stopped") or kept is None:
+        return ""
+    if uses_labels(run.results):
+        return f"Step {kept} was kept: labels chose it by the best validated accuracy. Not a label-free result."
+    if select in _CHOICES:
+        return f"Step {kept} was kept: of those that were looked at, {_CHOICES[select]}. No label had a part in it."
+    return f"The last step, {kept}, was kept."
+
+
+def alarms(run: Run) -> list[str]:
+    """What must not be missed: that labels chose, that the guard ended the run."""
+    found = []
+    if uses_labels(run.results):
+        found.append(f"{ORACLE}: labels chose the step that was kept: not a label-free result.")
+    if stopped := run.results["guard"].get("stopped"):
+        found.append(
+            f"The guard ended this run at step {stopped['step']}: {printable(stopped['reason'], 200)}. "
+            f"The model was set back to step {stopped['restored_step']}."
+        )
+    return found
+
+
+def guard_warnings(run: Run) -> list[str]:
+    """One sentence per signal: which tasks, since when, how often."""
+    seen: dict[str, dict[Any, list[int]]] = {}
+    warnings = run.results["guard"].get("warnings", [])
+    for warning in warnings:
+        seen.setdefault(warning["signal"], {}).setdefault(warning["task"], []).append(warning["step"])
+    found = []
+    for signal, tasks in seen.items():
+        told = [
+            f"{'all tasks together' if task is None else printable(task, 40)} from step {min(steps)}, "
+            + ("once" if len(steps) == 1 else f"{len(steps)} times")
+            for task, steps in tasks.items()
+        ]
+        found.append(f"The guard saw {_SIGNALS.get(signal, printable(signal, 40))}: {'; '.join(told)}.")
+    if len(warnings) >= _RECORDED:
+        found.append(f"Only the guard's first {_RECORDED} warnings were recorded; there may have been more.")
+    return found
+
+
+def _arguments(part: Any) -> list[str]:
+    """Of a configured class: "name value"; nothing where the configuration does not say."""
+    if not isinstance(part, Mapping):
+        return []
+    settings = part.get("init_args", {} if "class_path" in part else part) or {}
+    return [f"{name} {_text(value)}" for name, value in settings.items()]
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
