@@ -70,6 +70,20 @@ def _data(arguments: list[str]) -> None:
     data_command(arguments)
 
 
+def _tune(arguments: list[str]) -> None:
+    """Run `fit` over a grid of settings and rank the runs without labels."""
+    from adaptive_merge.tune import tune_command  # here, because it imports the command line, which imports this
+
+    tune_command(arguments)
+
+
+def _choose(arguments: list[str]) -> None:
+    """Rank finished runs by a criterion that needs no labels."""
+    from adaptive_merge.ranking import choose_command  # here, because matplotlib takes a second to import
+
+    choose_command(arguments)
+
+
 def describe(path: str | Path) -> dict[str, Any]:
     """What a file or run folder of ours holds, as plain values.
 
@@ -142,4 +156,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "doctor": doctor,
     "export": _export,
     "data": _data,
+    "tune": _tune,
+    "choose": _choose,
 }

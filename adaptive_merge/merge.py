@@ -116,6 +116,24 @@ class MergedBackbone(nn.Module):
         bound = self.coefficients
         return self.placement.project(gradients, bound.group_of, len(bound.groups))
 
+    def idle(self, joint: bool) -> Tensor:
+        """The loss of a process that has no image in a step: 0, with the gradient in Λ that the others find.
+
+        Where the bank is sharded, a merge and its backward are the work of all processes. It takes part in them at
+        the places where the others do.
+
+        Args:
+            joint: whether the others back-propagate through the merge, and not into its leaves.
+        """
+        if not self.coefficients.values.requires_grad:
+            self.merge()
+            return self.coefficients.values.new_zeros(())
+        if joint:
+            return torch.stack([0.0 * value.sum() for value in self.merge().values()]).sum()
+        weights, coefficients = self.merge_leaves(), self.coefficients()
+        dot = (coefficients * self.project([None] * len(weights))).sum()
+        return dot - dot.detach()
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """Names of the tower's repeated blocks, such as `transformer.resblocks.0`, in order."""

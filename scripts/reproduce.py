@@ -1,10 +1,13 @@
-"""Run every method on the embedded suite over several seeds and write the table of docs/results.md.
+"""Run every method on the embedded suite, by protocol and seed, and write the tables of docs/results.md.
 
-    python scripts/reproduce.py                       # all methods, seeds 0 1 2, two runs at a time
+    python scripts/reproduce.py                                   # transductive, all methods, seeds 0 1 2
+    python scripts/reproduce.py --protocol holdout online unseen  # the other protocols
+    python scripts/reproduce.py --protocol corrupted --methods adamerging surgery_ta tinting_pp
     python scripts/reproduce.py --methods tinting best --seeds 0
+    python scripts/reproduce.py --tables                          # run nothing, write the tables anew
 
-Runs go to runs/reproduce/<method>-<seed>; one that has its results.json is not run again, so that an interrupted
-call goes on where it stopped. The table holds whatever runs are there.
+Runs go to runs/reproduce/<protocol>/<method>-<seed>; one that has its results.json is not run again, so that an
+interrupted call goes on where it stopped. The tables hold whatever runs are there.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "embedded"
 RUNS = ROOT / "runs" / "reproduce"
 PAGE = ROOT / "docs" / "results.md"
-START, END = "<!-- table: python scripts/reproduce.py -->", "<!-- end of table -->"
 
 # Method → published mean on CLIP ViT-B/32, eight tasks, task_vectors checkpoints; None where no table is published.
 PUBLISHED: dict[str, float | None] = {
@@ -32,6 +34,7 @@ PUBLISHED: dict[str, float | None] = {
     "adamerging_task": 71.1,
     "adamerging_pp_task": 73.8,
     "adamerging": 80.2,
+    "adamerging_fast": None,
     "adamerging_pp": 81.1,
     "surgery_avg": 80.0,
     "surgery_ta": 80.9,
@@ -39,108 +42,163 @@ PUBLISHED: dict[str, float | None] = {
     "surgery_v2": None,
     "tinting": None,
     "tinting_pp": None,
+    "tinting_pp_fast": None,
     "symerge": None,
     "best": None,
 }
 STATIC = ("weight_averaging", "task_arithmetic", "ties")  # nothing random in them: one seed says all
+STAGED = ("surgery_adamerging", "adamerging_fast")  # their stages are longer than a single pass
 REFERENCES = {"pretrained": ("pre-trained", 48.0), "individual": ("individual experts", 90.5)}
 
+# Protocol → what it adds to the command line.
+PROTOCOLS: dict[str, list[str]] = {
+    "transductive": [],
+    "holdout": ["--data.protocol", "Holdout"],
+    "online": ["--data.protocol", "Online", "--data.images_per_task", "4"],
+    "unseen": ["--data.protocol", "Unseen", "--data.protocol.tasks", "[digits,thai]"],
+    "corrupted": ["--data.corruption", "Corruption", "--data.corruption.kind", "impulse_noise"]
+    + ["--data.corruption.severity", "2"],
+}
 
-def run(method: str, seed: int) -> None:
+
+def folder_of(protocol: str, method: str, seed: int) -> Path:
+    return RUNS / protocol / f"{method}-{seed}"
+
+
+def run(protocol: str, method: str, seed: int) -> None:
     """One run, in a process of its own with one thread, so that two at a time do not fight over the cores."""
-    folder = RUNS / f"{method}-{seed}"
+    folder = folder_of(protocol, method, seed)
     if (folder / "results.json").is_file():
         return
     command = [sys.executable, "-m", "adaptive_merge", "fit", "--config", str(CONFIGS / f"{method}.yaml")]
-    command += ["--seed_everything", str(seed), "--run.root", str(RUNS), "--run.name", folder.name]
-    command += ["--run.if_exists", "overwrite", "--trainer.enable_progress_bar", "false"]
+    command += ["--seed_everything", str(seed), "--run.root", str(folder.parent), "--run.name", folder.name]
+    command += ["--run.if_exists", "overwrite", "--run.report", "false", "--trainer.enable_progress_bar", "false"]
+    command += PROTOCOLS[protocol]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{method}, seed {seed}, ended with {done.returncode}:\n{done.stderr}")
-    print(done.stdout, flush=True)
+    if done.returncode not in (0, 4):  # 4: the guard ended the run; its results are there, and say so
+        raise SystemExit(f"{protocol}, {method}, seed {seed}, ended with {done.returncode}:\n{done.stderr}")
+    print(f"{protocol}, seed {seed}\n{done.stdout}", flush=True)
 
 
-def load(method: str) -> list[dict]:
+def load(protocol: str, method: str) -> list[dict]:
     """The results of a method's finished runs."""
-    return [json.loads(path.read_text()) for path in sorted(RUNS.glob(f"{method}-[0-9]*/results.json"))]
+    found = sorted((RUNS / protocol).glob(f"{method}-[0-9]*/results.json"))
+    return [json.loads(path.read_text()) for path in found]
 
 
-def row(method: str, published: float | None) -> str | None:
-    results = load(method)
+def row(protocol: str, method: str) -> str | None:
+    results = load(protocol, method)
     if not results:
         return None
     averages = [100 * result["average"]["adapted"] for result in results]
-    spread = f" ± {statistics.stdev(averages):.1f}" if len(averages) > 1 else ""
     worst = min(
         100 * (result["tasks"][task]["adapted"] - result["tasks"][task]["initial"])
         for result in results
         for task in result["tasks"]
     )
     seconds = statistics.median(result["seconds"]["adapt"] for result in results)
+    steps, published = results[0]["steps"], PUBLISHED[method]
     cells = [
         f"[`{method}`](../configs/embedded/{method}.yaml)",
-        f"{statistics.mean(averages):.1f}{spread}",
-        f"{recovered(results):.0f} %",
+        spread(averages),
+        f"{recovered(protocol, results):.0f} %",
         f"{worst:+.1f}",
-        str(len(averages)),
-        f"{results[0]['steps']:,}",
-        f"{results[0]['trainable_parameters']:,}" if results[0]["steps"] else "0",
-        f"{seconds:.0f}" if results[0]["steps"] else "0",
-        f"{published:.1f}" if published else "–",
+        f"{statistics.mean(ece(result, 'adapted') for result in results):.1f}",
+        str(len(results)),
+        f"{steps:,}",
+        f"{results[0]['trainable_parameters']:,}" if steps else "0",
+        f"{seconds:.0f}" if steps else "0",
     ]
+    if protocol == "transductive":
+        cells.append(f"{published:.1f}" if published else "–")
+    if protocol == "unseen":
+        cells.insert(2, spread([100 * result["unseen"]["average"]["adapted"] for result in results]))
     return "| " + " | ".join(cells) + " |"
 
 
-def recovered(results: list[dict]) -> float:
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def ece(result: dict, view: str) -> float:
+    """Mean expected calibration error over the tasks, in percentage points."""
+    return 100 * statistics.mean(result["calibration"][view].values())
+
+
+def recovered(protocol: str, results: list[dict]) -> float:
     """Percent of the gap between task arithmetic at 0.3 and the individual experts that is closed."""
-    floor = load("task_arithmetic")[0]["average"]["adapted"]
+    floor = load(protocol, "task_arithmetic")[0]["average"]["adapted"]
     individual = results[0]["average"]["individual"]
     mean = statistics.mean(result["average"]["adapted"] for result in results)
     return 100 * (mean - floor) / (individual - floor)
 
 
-def table() -> str:
-    """The Markdown table of all finished runs."""
-    some = load("task_arithmetic")[0]
-    head = [
-        "method",
-        "mean accuracy, %",
-        "gap closed",
-        "worst task vs its merge",
-        "seeds",
-        "steps",
-        "learned numbers",
-        "seconds",
-        "published, ViT-B/32",
-    ]
+def table(protocol: str) -> str:
+    """The Markdown table of a protocol's finished runs."""
+    known = load(protocol, "task_arithmetic")
+    if not known:
+        return "No runs yet."
+    head = ["method", "mean accuracy, %", "gap closed", "worst task vs its merge", "ECE", "seeds", "steps"]
+    head += ["learned numbers", "seconds"] + (["published, ViT-B/32"] if protocol == "transductive" else [])
+    if protocol == "unseen":
+        head.insert(2, "unseen tasks, %")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += [
-        f"| {REFERENCES[name][0]} | {100 * some['average'][name]:.1f} | | | | | | | {REFERENCES[name][1]:.1f} |"
-        for name in ("pretrained", "individual")
-    ]
-    lines += [line for method, published in PUBLISHED.items() if (line := row(method, published))]
+    for view, (name, published) in REFERENCES.items():
+        cells = [""] * len(head)
+        cells[0], cells[1] = name, f"{100 * known[0]['average'][view]:.1f}"
+        cells[head.index("ECE")] = f"{ece(known[0], view):.1f}"
+        if protocol == "transductive":
+            cells[-1] = f"{published:.1f}"
+        if protocol == "unseen":
+            cells[2] = f"{100 * known[0]['unseen']['average'][view]:.1f}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines + [line for method in PUBLISHED if (line := row(protocol, method))])
+
+
+def overview() -> str:
+    """Mean accuracy of each method under each protocol."""
+    shown = [protocol for protocol in PROTOCOLS if load(protocol, "task_arithmetic")]
+    lines = ["| method | " + " | ".join(shown) + " |", "|" + "---|" * (len(shown) + 1)]
+    for view, (name, _) in REFERENCES.items():
+        values = [100 * load(protocol, "task_arithmetic")[0]["average"][view] for protocol in shown]
+        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+    for method in PUBLISHED:
+        found = [[100 * one["average"]["adapted"] for one in load(protocol, method)] for protocol in shown]
+        if any(found):
+            lines.append(f"| `{method}` | " + " | ".join(spread(values) if values else "–" for values in found) + " |")
     return "\n".join(lines)
+
+
+def write(name: str, content: str) -> None:
+    """Replace what lies between the page's marks of this name."""
+    page, start, end = PAGE.read_text(), f"<!-- {name}: python scripts/reproduce.py -->", f"<!-- end of {name} -->"
+    before, rest = page.split(start)
+    PAGE.write_text(f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", choices=PUBLISHED, default=list(PUBLISHED))
+    parser.add_argument("--protocol", nargs="*", choices=PROTOCOLS, default=["transductive"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args()
     wanted = dict.fromkeys(["task_arithmetic", *options.methods])
     jobs = [
-        (method, seed)
+        (protocol, method, seed)
         for seed in options.seeds
+        for protocol in options.protocol
         for method in wanted
-        if method not in STATIC or seed == options.seeds[0]
+        if (method not in STATIC or seed == options.seeds[0]) and not (protocol == "online" and method in STAGED)
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda job: run(*job), jobs))
-    page = PAGE.read_text()
-    before, after = page.split(START)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{START}\n{table()}\n{END}{after}")
-    print(table())
+        list(pool.map(lambda job: run(*job), [] if options.tables else jobs))
+    for protocol in PROTOCOLS:
+        write(protocol, table(protocol))
+    write("overview", overview())
+    print(overview())
 
 
 if __name__ == "__main__":

@@ -35,14 +35,16 @@ class Guard(pl.Callback):
     The images are those that the stream's `watched` names; labels are never read, except by `select="oracle"`. What
     the model says is compared with the tasks' own experts, and with the model that the run started with on the same
     images; `signals.judge` says what counts as a collapse. Three such looks in a row end the run: it goes back to
-    the state of the highest agreement, the start included, and ends normally, so that it is scored like any other.
+    the state of the highest agreement, the start included and collapsed ones excluded, and ends normally, so that it
+    is scored like any other.
+
     With a data module that has no `watched`, only coefficients without bounds are watched, and nothing is stopped.
 
     Args:
         every: steps between looks; default: so many that looking costs at most 3 % of the run, at least 25.
         images: images of each task to look at.
         select: the state that is kept at the end: the last one or, of those that were looked at, start and end
-            included, the one that agrees most with the experts, has the smallest JS divergence to them, or the
+            included and collapsed ones excluded, the one that agrees most with the experts, has the smallest JS divergence to them, or the
             smallest entropy. `"oracle"` keeps the one of the best validated accuracy, and so uses labels.
         on_collapse: `"warn"` lets a collapsed run go on.
     """
@@ -156,11 +158,12 @@ class Guard(pl.Callback):
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Signals]:
         now, start = self._watch.compare(trainer, module)
         self._last, self._checks = trainer.global_step, self._checks + 1
-        for name in self._best.keys() & set(_LABEL_FREE) if now else ():
-            better = mean_change(now, start, name) * (1 if name == "agreement" else -1)
-            self._note(name, better, trainer, module)
         alarms = judge(now, start, *_ranges(module))
         critical = [alarm for alarm in alarms if alarm.stop]
+        # One collapsed task may hide in a good mean: such a state is never the best one.
+        for name in self._best.keys() & set(_LABEL_FREE) if now and not critical else ():
+            better = mean_change(now, start, name) * (1 if name == "agreement" else -1)
+            self._note(name, better, trainer, module)
         self._in_a_row = self._in_a_row + 1 if critical else 0
         self._tell(alarms, trainer)
         soon = 0 < self._in_a_row < PATIENCE

@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from adaptive_merge.callbacks.sturdy import Sturdy
 from adaptive_merge.files import save_json
+from adaptive_merge.report.privacy import scrub
 
 __all__ = ["FILE", "protect"]
 
@@ -46,6 +47,8 @@ def _prepare(logger: WandbLogger, folder: Path, resumed: bool) -> None:
     # The logger hands `_wandb_init` to `wandb.init` when it is first used; there is no public way to add to it.
     options: dict[str, Any] = logger._wandb_init
     offline = _is_offline(logger, options)
+    # What the user says about the run, such as notes and a configuration, is written and uploaded with it.
+    options |= {name: scrub(value, name) for name, value in options.items() if name != "settings"}
     options["settings"] = _settings(options.get("settings"), offline)
     options["dir"] = logger._save_dir = str(folder)
     if offline:

@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from adaptive_merge.report import figures
-from adaptive_merge.report.figures import recovered
+from adaptive_merge.report.panels import Plan
 from adaptive_merge.report.runs import Run
-from adaptive_merge.report.sections import Plan
 from adaptive_merge.report.statistics import mean_and_deviation, sign_flip_test
 from adaptive_merge.report.style import printable
+from adaptive_merge.report.summary import gap_closed
+from adaptive_merge.report.terms import ORACLE, protocol, terms
+from adaptive_merge.results import uses_labels
 
-__all__ = ["Contrast", "Group", "comparison_plans", "contrasts", "group_runs"]
+__all__ = ["Contrast", "Group", "alike", "comparison_plans", "contrasts", "group_runs"]
 
 _NOT_A_METHOD = ("seed_everything", "run", "ckpt_path", "weights_only", "trainer")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration, apart from seed, folder and trainer."""
+    """Runs of one configuration and on one protocol, apart from seed, folder and trainer."""
 
     name: str
     runs: list[Run]
+
+    @property
+    def terms(self) -> str:
+        """What two groups have to share where they are compared, see `terms.terms`."""
+        return terms(self.runs[0])
 
     def values(self, view: str = "adapted") -> list[float]:
         """Average accuracy of each run."""
         return [run.results["average"][view] for run in self.runs]
 
     def per_task(self) -> dict[str, list[float]]:
-        """Task → adapted accuracy of each run."""
+        """Merged task → adapted accuracy of each run."""
         found: dict[str, list[float]] = {}
         for run in self.runs:
-            for task, row in run.tasks.items():
+            for task, row in run.merged.items():
                 found.setdefault(task, []).append(row["adapted"])
         return found
 
@@ -47,14 +54,24 @@ class Group:
     @property
     def gap(self) -> float | None:
         """Mean part of the gap to the experts that was closed."""
-        parts = [part for run in self.runs for part in recovered(run.tasks).values() if part is not None]
-        return float(np.mean(parts)) if parts else None
+        return _mean(gap_closed(run) for run in self.runs)
+
+    @property
+    def calibration_error(self) -> float | None:
+        """Mean expected calibration error of the adapted model."""
+        return _mean(run.calibration_error("adapted") for run in self.runs)
+
+    @property
+    def agreement(self) -> float | None:
+        """Mean agreement of the adapted model with the experts."""
+        return _mean(run.criterion("adapted", "agreement") for run in self.runs)
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A group against the best one: mean difference, pairs and p, over tasks and over seeds."""
+    """A group against the best one on the same terms: mean difference, pairs and p, over tasks and over seeds."""
 
+    terms: str
     name: str
     reference: str
     difference: float
@@ -65,30 +82,57 @@ class Contrast:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs of one method together, best group first; groups of one recipe are told apart by a run's name."""
+    """Runs of one method and one protocol together; the best group first within each protocol, oracles last."""
     members: dict[str, list[Run]] = {}
     for run in runs:
         method = {key: value for key, value in run.config.items() if key not in _NOT_A_METHOD}
-        steps = run.results.get("steps")
-        members.setdefault(json.dumps([run.results["recipe"], steps, method], sort_keys=True, default=str), []).append(
-            run
-        )
-    recipes = [group[0].results["recipe"] for group in members.values()]
-    groups = [
-        Group(
-            group[0].results["recipe"]
-            if recipes.count(group[0].results["recipe"]) == 1
-            else f"{group[0].results['recipe']} ({group[0].name})",
-            group,
-        )
-        for group in members.values()
-    ]
-    return sorted(groups, key=lambda group: -group.spread[0])
+        guard = run.results["guard"].get("select")
+        key = [run.results["recipe"], terms(run), guard, _asked(run, "guard"), _steps(run), method]
+        members.setdefault(json.dumps(key, sort_keys=True, default=str), []).append(run)
+    firsts = [group[0] for group in members.values()]
+    groups = [Group(_name(group[0], firsts), group) for group in members.values()]
+    return sorted(groups, key=lambda group: (uses_labels(group.runs[0].results), group.terms, -group.spread[0]))
+
+
+def alike(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Terms → the groups that may be compared with one another, in their order."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.terms, []).append(group)
+    return found
 
 
 def contrasts(groups: Sequence[Group]) -> list[Contrast]:
-    """Every group but the first against the first, on the tasks and seeds that both have."""
-    return [_contrast(groups[0], other) for other in groups[1:]]
+    """Every group but the best against the best on the same terms, on the tasks and seeds that both have."""
+    return [_contrast(first, other) for first, *others in alike(groups).values() for other in others]
+
+
+def _name(run: Run, others: Sequence[Run]) -> str:
+    """The recipe; with the protocol or else the run's name where that is not enough."""
+    recipe, same = run.results["recipe"], [one for one in others if one.results["recipe"] == run.results["recipe"]]
+    if len(same) > 1:
+        own = [protocol(one) for one in same].count(protocol(run)) == 1
+        recipe = f"{recipe}, {protocol(run)}" if own else f"{recipe} ({run.name})"
+    return f"{ORACLE} {recipe}" if uses_labels(run.results) else recipe
+
+
+def _steps(run: Run) -> int | None:
+    """What the configuration asked for, so that a run that the guard ended stays with its other seeds."""
+    if run.results["online"]:
+        return None  # the images of the pass say how many
+    trainer = run.config.get("trainer")
+    asked = trainer.get("max_steps") if isinstance(trainer, dict) else None
+    return asked if isinstance(asked, int) and asked > 0 else run.results.get("steps")
+
+
+def _asked(run: Run, name: str) -> object:
+    asked = run.config.get("run")
+    return asked.get(name) if isinstance(asked, dict) else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _contrast(best: Group, other: Group) -> Contrast:
@@ -98,6 +142,7 @@ def _contrast(best: Group, other: Group) -> Contrast:
     same_tasks = first.keys() == second.keys()
     seeds = [seeded[1][seed] - seeded[0][seed] for seed in seeded[1] if seed in seeded[0]] if same_tasks else []
     return Contrast(
+        best.terms,
         other.name,
         best.name,
         float(np.mean(tasks)) if tasks else float("nan"),
@@ -111,12 +156,15 @@ def _contrast(best: Group, other: Group) -> Contrast:
 def comparison_plans(groups: Sequence[Group]) -> Iterator[Plan]:
     """Overlays of all groups."""
     named = {f"{index + 1} {printable(group.name, 20)}": group for index, group in enumerate(groups)}
-    yield (
-        "Adapted accuracy per task",
-        "Bars are means of a group, dots its runs.",
-        lambda: figures.compare_bars({name: group.per_task() for name, group in named.items()}),
-        False,
-    )
+    several = len(alike(groups)) > 1
+    for shared in alike(groups):
+        part = {name: group.per_task() for name, group in named.items() if group.terms == shared}
+        yield (
+            f"Adapted accuracy per task{f', protocol {printable(shared, 60)}' if several else ''}",
+            "Merged tasks. Bars are means of a group, dots its runs.",
+            lambda part=part: figures.compare_bars(part),
+            False,
+        )
     for quantity, title in (("entropy", "Normalised entropy"), ("loss", "Loss")):
         curves = {
             name: found

@@ -136,9 +136,7 @@ def smooth(curve: Curve, points: int = _SMOOTHED) -> Curve:
 
 
 @styled
-def adaptation_curves(
-    curves: Mapping[str, Curve], y: str, total: Curve | None = None, sparse: bool = False
-) -> Figure:
+def adaptation_curves(curves: Mapping[str, Curve], y: str, total: Curve | None = None, sparse: bool = False) -> Figure:
     """One quantity of each task over the steps, from 0 up: normalised entropy, agreement, kept fraction.
 
     Args:

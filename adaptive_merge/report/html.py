@@ -15,12 +15,15 @@ from markupsafe import Markup
 from adaptive_merge import __version__
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import replacing
-from adaptive_merge.report.compare import comparison_plans, contrasts, group_runs
+from adaptive_merge.report.compare import Group, alike, comparison_plans, contrasts, group_runs
 from adaptive_merge.report.figures import recovered
+from adaptive_merge.report.panels import Panel, Section, draw
 from adaptive_merge.report.runs import Run, read_run
-from adaptive_merge.report.sections import Panel, Section, draw, run_sections
-from adaptive_merge.report.style import SERIES, printable
-from adaptive_merge.report.summary import Card, cards, duration, warnings_of
+from adaptive_merge.report.sections import run_sections
+from adaptive_merge.report.style import SERIES, VIEW_NAMES, printable
+from adaptive_merge.report.summary import Card, cards, duration, gap_closed, warnings_of
+from adaptive_merge.report.terms import ORACLE, alarms, choice, sentence, terms
+from adaptive_merge.results import uses_labels
 
 __all__ = ["report_run", "write_report"]
 
@@ -66,28 +69,36 @@ def report_run(folder: str | Path) -> Path | None:
 
 def _content(runs: list[Run], tsne: bool) -> dict[str, Any]:
     detailed = len(runs) <= _DETAILED
-    content = {
+    oracles = sum(uses_labels(run.results) for run in runs)
+    name = f"{len(runs)} runs" if len(runs) > 1 else printable(runs[0].name, 60)
+    mark = f" · {f'{oracles} ' if len(runs) > 1 else ''}{ORACLE}" if oracles else ""
+    return {
         "runs": [_run_content(run, f"r{number}", tsne, detailed) for number, run in enumerate(runs)],
         "comparison": _comparison(runs) if len(runs) > 1 else None,
         "program": __version__,
         "series": SERIES,
+        "title": name + mark,
+        "oracle": bool(oracles),
     }
-    content["title"] = f"{len(runs)} runs" if len(runs) > 1 else f"{printable(runs[0].name, 60)}"
-    return content
 
 
 def _run_content(run: Run, prefix: str, tsne: bool, detailed: bool) -> dict[str, Any]:
     results = run.results
-    gaps = recovered(run.tasks)
     return {
-        "name": printable(run.name, 60),
+        "name": printable(run.name, 60) + (f" · {ORACLE}" if uses_labels(results) else ""),
         "recipe": printable(results["recipe"], 60),
         "seed": results.get("seed"),
+        "terms": sentence(run),
+        "choice": choice(run),
         "cards": cards(run),
+        "alarms": alarms(run),
         "warnings": warnings_of(run),
         "sections": run_sections(run, prefix, tsne) if detailed else [],
-        "tasks": [(printable(task, 60), row, gaps[task]) for task, row in run.tasks.items()],
+        "tasks": _tasks(run),
         "average": results["average"],
+        "unseen": results["unseen"]["average"],
+        "quantities": _quantities(run),
+        "online": results["online"] is not None,
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
         "versions": results.get("versions", {}),
         "experts": [(printable(task, 60), digest) for task, digest in results.get("experts", {}).items()],
@@ -95,27 +106,52 @@ def _run_content(run: Run, prefix: str, tsne: bool, detailed: bool) -> dict[str,
     }
 
 
+def _tasks(run: Run) -> list[dict[str, Any]]:
+    gaps, protocol = recovered(run.tasks), run.results["protocol"]
+    return [
+        {
+            "name": printable(task, 60),
+            "unseen": task not in run.merged,
+            "adapted_on": protocol["adapted_on"][task] if protocol else None,
+            "row": row,
+            "gap": gaps[task],
+        }
+        for task, row in run.tasks.items()
+    ]
+
+
+def _quantities(run: Run) -> list[tuple[str, list[str]]]:
+    """Name → a text per view, of what accuracy does not say; nothing where a run did not record it."""
+    named = {
+        "calibration error (ECE)": [_percent(run.calibration_error(view)) for view in VIEW_NAMES],
+        "agreement with the experts": [_percent(run.criterion(view, "agreement")) for view in VIEW_NAMES],
+        "JS divergence to the experts, nats": [_decimal(run.criterion(view, "js")) for view in VIEW_NAMES],
+        "normalised entropy": [_decimal(run.criterion(view, "entropy")) for view in VIEW_NAMES],
+    }
+    return [(name, texts) for name, texts in named.items() if set(texts) != {"–"}]
+
+
 def _comparison(runs: list[Run]) -> dict[str, Any]:
     groups, notes = group_runs(runs), []
     sections = [Section("Side by side", draw(comparison_plans(groups), "all", notes))]
-    best = groups[0]
-    mean, deviation = best.spread
-    top = [
-        Card("runs", str(len(runs)), f"{len(groups)} method{'s' if len(groups) > 1 else ''}"),
-        Card("best method", printable(best.name, 26), f"of {len(best.runs)} run{'s' if len(best.runs) > 1 else ''}"),
-        Card(
-            "its adapted accuracy",
-            _percent(mean),
-            f"± {_percent(deviation)} over seeds" if deviation is not None else "one seed",
-        ),
-    ]
-    if len(groups) > 1:
-        top.append(Card("ahead of the next by", f"{100 * (mean - groups[1].spread[0]):.1f}", "percentage points"))
+    several = alike(groups)
+    top = [Card("runs", str(len(runs)), f"{len(groups)} method{'s' if len(groups) > 1 else ''}")]
+    for shared, members in several.items():
+        top += _best(members) if len(several) == 1 else [_best_on(shared, members[0])]
     return {
         "cards": top,
+        "several": len(several) > 1,
         "rows": [_row(run, group.name) for group in groups for run in group.runs],
         "groups": [
-            {"name": printable(group.name, 60), "runs": len(group.runs), "spread": group.spread, "gap": group.gap}
+            {
+                "name": printable(group.name, 60),
+                "terms": printable(group.terms, 80),
+                "runs": len(group.runs),
+                "spread": group.spread,
+                "gap": group.gap,
+                "ece": group.calibration_error,
+                "agreement": group.agreement,
+            }
             for group in groups
         ],
         "contrasts": contrasts(groups),
@@ -124,15 +160,41 @@ def _comparison(runs: list[Run]) -> dict[str, Any]:
     }
 
 
+def _best(groups: list[Group]) -> list[Card]:
+    """Of runs that may all be compared."""
+    best = groups[0]
+    mean, deviation = best.spread
+    found = [
+        Card("best method", printable(best.name, 26), f"of {len(best.runs)} run{'s' if len(best.runs) > 1 else ''}"),
+        Card(
+            "its adapted accuracy",
+            _percent(mean),
+            f"± {_percent(deviation)} over seeds" if deviation is not None else "one seed",
+        ),
+    ]
+    if len(groups) > 1:
+        found.append(Card("ahead of the next by", f"{100 * (mean - groups[1].spread[0]):.1f}", "percentage points"))
+    return found
+
+
+def _best_on(shared: str, best: Group) -> Card:
+    return Card(
+        f"best, protocol {printable(shared, 60)}", printable(best.name, 26), f"{_percent(best.spread[0])} adapted"
+    )
+
+
 def _row(run: Run, group: str) -> dict[str, Any]:
-    average, results = run.results["average"], run.results
-    parts = [part for part in recovered(run.tasks).values() if part is not None]
+    results, stopped = run.results, run.results["guard"].get("stopped")
     return {
         "run": printable(run.name, 40),
+        "stopped": stopped["step"] if stopped else None,
         "method": printable(group, 40),
+        "terms": printable(terms(run), 80),
         "seed": results.get("seed"),
-        "average": average,
-        "gap": sum(parts) / len(parts) if parts else None,
+        "average": results["average"],
+        "gap": gap_closed(run),
+        "ece": run.calibration_error("adapted"),
+        "agreement": run.criterion("adapted", "agreement"),
         "steps": results.get("steps", 0),
         "seconds": results.get("seconds", {}).get("adapt", 0.0),
         "learned": results.get("trainable_parameters", 0),
@@ -158,6 +220,10 @@ def _svg(panel: Panel) -> Markup:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+
+
+def _decimal(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
 def _probability(value: float | None) -> str:

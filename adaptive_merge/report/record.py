@@ -37,7 +37,7 @@ def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     for row in tasks.values():
         _numbers(row, ("n", *VIEWS))
     if results.setdefault("protocol", None) is None:
-        notes.append("the protocol was not recorded: what was adapted on and what was scored is not known.")
+        notes.append("The protocol was not recorded: what was adapted on and what was scored is not known.")
     else:
         for part in ("adapted_on", "scored_on"):
             _numbers(results["protocol"][part], tasks)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from adaptive_merge.report import coefficient_figures, feature_figures, figures
+from adaptive_merge.report import coefficient_figures, figures
+from adaptive_merge.report.diagnostic_sections import calibration, features, interference
+from adaptive_merge.report.panels import Plan, Section, draw
 from adaptive_merge.report.runs import Run
-from adaptive_merge.report.style import label, to_svg
 
-__all__ = ["Panel", "Plan", "Section", "draw", "run_sections"]
+__all__ = ["run_sections"]
 
-_log = logging.getLogger(__name__)
-Plan = tuple[str, str, Callable[[], Figure], bool]  # title, caption, how to draw it, whether it is wide
 
 # Logged quantity, title, caption, and whether it is known at the guard's looks only.
 _CURVES = (
@@ -45,29 +41,6 @@ _CURVES = (
 )
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A figure in a page."""
-
-    title: str
-    caption: str
-    svg: str
-    wide: bool = False
-
-    @property
-    def width(self) -> float:
-        """Width of the drawing in its own units; at one CSS pixel each, its text is just readable."""
-        return float(self.svg.split('viewBox="', 1)[1].split()[2])
-
-
-@dataclass
-class Section:
-    """A heading with figures under it."""
-
-    title: str
-    panels: list[Panel] = field(default_factory=list)
-
-
 def run_sections(run: Run, prefix: str, tsne: bool = False) -> list[Section]:
     """All figures of one run that its files allow; a figure that fails becomes a note of the run.
 
@@ -80,24 +53,12 @@ def run_sections(run: Run, prefix: str, tsne: bool = False) -> list[Section]:
         ("Accuracy", chain(_accuracy(run), _prequential(run))),
         ("Coefficients", _coefficients(run)),
         ("Adaptation", chain(_adaptation(run), _resources(run))),
-        ("Features, interference, calibration", chain(_features(run, tsne), _interference(run), _calibration(run))),
+        ("Features, interference, calibration", chain(features(run, tsne), interference(run), calibration(run))),
     )
     sections = [
         Section(title, draw(plans, f"{prefix}-{index}", run.notes)) for index, (title, plans) in enumerate(parts)
     ]
     return [section for section in sections if section.panels]
-
-
-def draw(plans: Iterator[Plan], prefix: str, notes: list[str]) -> list[Panel]:
-    """Draw what was planned; a failure leaves a note in place of the figure."""
-    panels = []
-    for number, (title, caption, make, wide) in enumerate(plans):
-        try:
-            panels.append(Panel(title, caption, to_svg(make(), f"{prefix}-{number}"), wide))
-        except Exception as error:  # a report with a hole is better than none
-            _log.warning("the figure %r could not be drawn: %r", title, error)
-            notes.append(f"The figure “{title}” could not be drawn ({type(error).__name__}).")
-    return panels
 
 
 def _accuracy(run: Run) -> Iterator[Plan]:
@@ -199,86 +160,6 @@ def _adaptation(run: Run) -> Iterator[Plan]:
         )
 
 
-def _features(run: Run, tsne: bool) -> Iterator[Plan]:
-    found = run.diagnostics
-    if found is None:
-        return
-    if {"distance.initial", "distance.adapted"} <= found.arrays.keys():
-        names = [run.shown(task) for task in found.tasks]
-        before, after = (dict(zip(names, found.arrays[f"distance.{view}"])) for view in ("initial", "adapted"))
-        yield (
-            "Distance to the expert's features",
-            "Representation bias: mean absolute difference per feature on the same images.",
-            lambda: feature_figures.representation_distance(before, after),
-            False,
-        )
-    place = _task_with_most_room(run, found.tasks)
-    views = ("individual", "initial", "adapted")
-    points = {
-        view: found.arrays[f"features.{view}.{place}"] for view in views if f"features.{view}.{place}" in found.arrays
-    }
-    labels = found.arrays.get(f"label.adapted.{place}")
-    if len(points) < 2 or labels is None or min(len(part) for part in points.values()) < 3:
-        return
-    name, size = label(found.tasks[place], 30), len(points["adapted"])
-    for method, title in (("pca", "PCA"), ("tsne", "t-SNE"))[: 2 if tsne else 1]:
-        yield (
-            f"{title} of the features of {name}",
-            "The same images seen by expert, merge and adapted model; colours are classes.",
-            lambda method=method, title=title: feature_figures.projection(
-                feature_figures.project_features(points, method), labels[:size]
-            ),
-            False,
-        )
-
-
-def _interference(run: Run) -> Iterator[Plan]:
-    found = run.diagnostics
-    if found is None:
-        return
-    names = [run.shown(task) for task in found.tasks]
-    if "cosine" in found.arrays:
-        yield (
-            "Cosine of task vectors",
-            "Near 0, adding one expert hardly disturbs another.",
-            lambda: feature_figures.cosine_matrix(names, found.arrays["cosine"]),
-            False,
-        )
-    if "cross" in found.arrays:
-        yield (
-            "Experts on each other's tasks",
-            "Accuracy in % of each expert with the head of each task.",
-            lambda: feature_figures.cross_accuracy(names, found.arrays["cross"]),
-            False,
-        )
-
-
-def _calibration(run: Run) -> Iterator[Plan]:
-    found = run.diagnostics
-    if found is None:
-        return
-    models = {}
-    for view in ("individual", "initial", "adapted"):
-        parts = [
-            [
-                found.arrays[f"{kind}.{view}.{place}"]
-                for place, task in enumerate(found.tasks)
-                if task in run.merged and f"{kind}.{view}.{place}" in found.arrays
-            ]
-            for kind in ("confidence", "correct")
-        ]
-        if all(parts):
-            models[view] = (np.concatenate(parts[0]), np.concatenate(parts[1]))
-    if models:
-        yield (
-            "Reliability",
-            "The images of all merged tasks together. Below the diagonal a model is surer than it is right; dots "
-            "are sized by images.",
-            lambda: feature_figures.reliability(models),
-            False,
-        )
-
-
 def _resources(run: Run) -> Iterator[Plan]:
     history = run.history
     if history is not None and len(history.steps) > 1:
@@ -288,10 +169,3 @@ def _resources(run: Run) -> Iterator[Plan]:
             lambda: figures.resources(history.steps, history.throughput, history.memory),
             False,
         )
-
-
-def _task_with_most_room(run: Run, tasks: list[str]) -> int:
-    """The merged task where merge and expert are furthest apart has most to show."""
-    rows = [run.merged.get(task) for task in tasks]
-    room = [row["individual"] - row["initial"] if row else -2 for row in rows]
-    return int(np.argmax(room))

@@ -17,6 +17,21 @@ RECIPES = {
     "surgery": (am.Surgery, {"rank": 2, "lr": 0.01}, {}),
     "tinting++, shuffled": (am.TintingPP, {}, {"schedule": "shuffled"}),
     "tinting++, head and blocks": (am.TintingPP, {"layer": "blocks.1.1.weight"}, {}),
+    # Three tasks do not divide by two processes, and of four one has none.
+    "adamerging, joint, tasks owned": (am.AdaMerging, {"accumulate": "joint"}, {"share": "tasks"}),
+    "adamerging, per task, tasks owned": (am.AdaMerging, {"accumulate": "per_task"}, {"share": "tasks"}),
+    "surgery, tasks owned": (am.Surgery, {"rank": 2, "lr": 0.01}, {"share": "tasks"}),
+    "tinting++, tasks owned": (am.TintingPP, {}, {"share": "tasks"}),
+    # Shares of a batch that are not equal, some of them empty.
+    "adamerging, six images": (am.AdaMerging, {"lr": 0.01}, {"images_per_task": 6}),
+    "tinting++, one image, shuffled": (am.TintingPP, {}, {"images_per_task": 1, "schedule": "shuffled"}),
+    "surgery, online": (am.Surgery, {"rank": 2, "lr": 0.01}, {"images_per_task": 5, "protocol": am.Online()}),
+    "tinting++, online": (am.TintingPP, {}, {"images_per_task": 5, "protocol": am.Online()}),
+    "reliable and diverse entropy": (
+        am.AdaMerging,
+        {"objective": am.Entropy(diversity=0.5, reliable=0.9), "lr": 0.01},
+        {"images_per_task": 6},
+    ),
 }
 
 
@@ -52,10 +67,9 @@ class Spoil(pl.Callback):
 class Picky(am.Entropy):
     """Keeps no image of any task in the steps 3 and 4."""
 
-    filters = True
-
     def __init__(self):
-        self.calls = 0
+        super().__init__()
+        self.filters, self.calls = True, 0
 
     def keep(self, prediction, expert):
         self.calls += 1
@@ -90,9 +104,15 @@ def learn(world, folder, name):
     objective, kept = module.stages[0].objective, []
     keep = objective.keep
     objective.keep = lambda *predictions: kept.append(keep(*predictions).tolist()) or keep(*predictions)
-    guarded(folder, world, [spy], max_steps=STEPS).fit(module, datamodule=am.TaskStream(images, 8, **stream))
+    ledger = am.Ledger(str(folder))
+    trainer = guarded(folder, world, [spy, ledger], max_steps=STEPS)
+    data = am.TaskStream(images, **{"images_per_task": 8} | stream)
+    trainer.fit(module, datamodule=data)
     state = {key: value.clone() for key, value in module.state_dict().items()}
-    return {"state": state, "keys": spy.keys, "kept": kept}
+    with module.viewing("adapted"):
+        trainer.validate(module, datamodule=data, verbose=False)
+    scores = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return {"state": state, "keys": spy.keys, "kept": kept, "rows": ledger.read(), "scores": scores}
 
 
 def skip(world, folder, callbacks, **settings):
@@ -119,7 +139,7 @@ def accuracy(world, folder):
     module = am.AdaMerging(bank, toy, heads)
     trainer = guarded(folder, world)
     trainer.validate(module, datamodule=am.TaskStream(images, eval_batch_size=100), verbose=False)
-    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.endswith("accuracy")}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +183,23 @@ def test_processes_hold_the_same_bits_and_log_the_same_keys(found, name, world):
     for other in others:
         assert largest_difference(other["state"], first["state"]) == 0.0
         assert other["keys"] == first["keys"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_processes_together_keep_one_ledger(found, name, world):
+    alone = found[1][0][name]["rows"]
+    for result in found[world]:
+        for task, rows in result[name]["rows"].items():
+            assert all(torch.equal(row, alone[task][kind]) for kind, row in rows.items())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_criteria_and_calibration_are_of_all_images(found, world):
+    alone = found[1][0]["adamerging, joint"]["scores"]
+    assert {"adapted/red/ece", "adapted/red/agreement", "adapted/red/js"} <= alone.keys()
+    for result in found[world]:
+        assert result["adamerging, joint"]["scores"] == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.parametrize("world", [2, 4])

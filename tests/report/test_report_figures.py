@@ -33,6 +33,7 @@ def makers(tasks):
         "radar": lambda: figures.accuracy_radar(scores),
         "gap": lambda: figures.gap_recovered(scores),
         "curves": lambda: figures.adaptation_curves(curves, "entropy", (np.arange(300), RANDOM.random(300))),
+        "prequential": lambda: figures.prequential_curves(curves, 0.6, 0.7),
         "resources": lambda: figures.resources(STEPS, RANDOM.random(5), 1e9 * RANDOM.random(5)),
         "compare bars": lambda: figures.compare_bars({tasks[0]: {task: [0.5, 0.6] for task in tasks}}),
         "compare curves": lambda: figures.compare_curves({task: [curve] for task, curve in curves.items()}, "loss"),

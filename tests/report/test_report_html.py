@@ -25,7 +25,7 @@ def test_a_report_is_self_contained_and_has_all_figures(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
     body = page.split("</style>")[1]
     assert not ADDRESS.search(body) and "http" not in page.split("<style>")[0].replace("http-equiv", "")
-    assert page.count("<figure") == page.count("<svg") == 16
+    assert page.count("<figure") == page.count("<svg") == 19
     for words in ("adapted accuracy", "Reliability", "seed_everything: 0", "ab" * 32, "2.15.0"):
         assert words in page
     assert "Left out" not in page

@@ -1,5 +1,10 @@
 """Keys and passwords of the environment and the command line are in no file that a run leaves."""
 
+import json
+import os
+import time
+
+import pytest
 from processes import start, texts, wait
 
 from adaptive_merge.__main__ import main
@@ -11,6 +16,7 @@ SECRETS = {
     "MY_PASSWORD": "planted0password",
 }
 ARGUED = "planted0argument"
+CONFIGURED = "planted0configured"
 
 
 def fit(arguments):
@@ -35,9 +41,53 @@ def test_planted_secrets_are_in_no_file(tmp_path, monkeypatch, suite_folder):
     # One that stands on the command line alone, for an option that nobody knows: the message does not repeat it.
     unknown = [*arguments, "--run.name=argued", f"--trainer.logger.dict_kwargs.api_key={ARGUED}"]
     wait(start(fit, unknown, log=tmp_path / "argued.log", environment=SECRETS), 90)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) > 5
+    assert len(searched(tmp_path)) > 5
+
+
+def searched(folder):
+    """All files below a folder, in none of which a secret is found, as text or as the bytes of wider characters."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in files:
         content = path.read_bytes()
-        for secret in (*SECRETS.values(), ARGUED):
-            assert secret.encode() not in content, f"{secret} in {path}"
+        for secret in (*SECRETS.values(), ARGUED, CONFIGURED):
+            for coding in ("utf-8", "utf-16-le"):
+                assert secret.encode(coding) not in content, f"{secret} in {path}"
+    return files
+
+
+def finished(folder):
+    """The one offline run of wandb, once its own process has written the end of it."""
+    (run,) = folder.glob("wandb/offline-run-*")
+    until = time.monotonic() + 30
+    while b"results" not in next(run.glob("*.wandb")).read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
+    return run
+
+
+def test_planted_secrets_are_in_no_file_of_wandb(tmp_path, monkeypatch, suite_folder):
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    # Hyper-parameters: what the user hands to wandb's own record of the run, by a telling name and by value.
+    settings = {"hf_token": CONFIGURED, "note": f"uses {SECRETS['HF_TOKEN']}", "url": f"https://me:{ARGUED}@host/x"}
+    arguments = [
+        f"--suite.name={suite_folder}",
+        "--model.recipe=quick",
+        "--model.coefficients=LayerWise",
+        "--trainer.max_steps=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=WandbLogger",
+        "--trainer.logger.project=merging",
+        f"--trainer.logger.config={json.dumps(settings)}",
+        f"--trainer.logger.notes=with {SECRETS['MY_PASSWORD']}",
+        f"--trainer.logger.tags=[{SECRETS['AWS_SECRET_ACCESS_KEY']}]",
+    ]
+    environment = {**SECRETS, "WANDB_MODE": "offline", "HOME": str(tmp_path / "home")}
+    assert wait(start(fit, arguments, log=tmp_path / "run.log", environment=environment), 90) == 0, texts(tmp_path)
+    run = finished(tmp_path / "runs" / "quick")
+    names = {path.name for path in searched(tmp_path)}
+    assert {"config.yaml", "metrics.csv", "results.json", "report.html", "last.ckpt", "wandb.json", "run.log"} <= names
+    record = next(run.glob("*.wandb")).read_bytes()
+    assert b"train/loss" in record and b"(hidden)" in record, "nothing was hidden: the test proves nothing"
