@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any, Literal
 
 import jsonargparse
 import yaml
-from jsonargparse import Namespace, class_from_function, dict_to_namespace
-from pytorch_lightning import Callback, LightningModule, Trainer
+from jsonargparse import Namespace, class_from_function
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from adaptive_merge import __version__
+from adaptive_merge import __version__, identity
 from adaptive_merge.allowlist import explain, restrict_imports
 from adaptive_merge.callbacks import Guard, Ledger, protect, watchers
 from adaptive_merge.callbacks.guard import Select
@@ -30,11 +28,10 @@ from adaptive_merge.checkpoints.run import read_checkpoint
 from adaptive_merge.commands import COMMANDS
 from adaptive_merge.data import Suite, TaskStream, load_suite
 from adaptive_merge.errors import InputError, MissingFileError
-from adaptive_merge.files import save_json
 from adaptive_merge.loggers import RunLog
 from adaptive_merge.module import AdaptiveMerge
-from adaptive_merge.report.privacy import scrub
-from adaptive_merge.results import evaluate, footing, summary, table
+from adaptive_merge.results import evaluate, summary
+from adaptive_merge.run_folder import SaveConfig, publish, refuse_run, remove_run
 
 __all__ = ["AdaptiveMergeCLI", "load_run", "run"]
 
@@ -52,11 +49,6 @@ CHECKPOINT_EVERY = 50
 DESCRIPTION = (
     "Adapt a merge of experts on unlabelled test batches. Beside the subcommands below there are "
     f"{', '.join(COMMANDS)}: each answers to --help."
-)
-# What a run writes, and what `overwrite` removes.
-RUN_FILES = (
-    *("config.yaml", "metrics.csv", "results.json", "coefficients.json", "report.html", "wandb.json"),
-    *("history.safetensors", "diagnostics.safetensors", "images.safetensors", "checkpoints"),
 )
 
 
@@ -80,7 +72,7 @@ class AdaptiveMergeCLI(LightningCLI):
         super().__init__(
             AdaptiveMerge,
             TaskStream,
-            save_config_callback=_SaveConfig,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
@@ -159,7 +151,7 @@ class AdaptiveMergeCLI(LightningCLI):
         if settings.run.if_exists == "resume" and last.is_file():
             settings.ckpt_path = str(last)
         elif settings.ckpt_path is None and settings.run.if_exists == "refuse":
-            _refuse_run(self.folder)
+            refuse_run(self.folder)
         self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -201,8 +193,11 @@ class AdaptiveMergeCLI(LightningCLI):
         """Refuse to train nothing, before anything is written."""
         if self.trainer.max_steps != 0:
             self.model.check_learns()
+        if self.settings.ckpt_path:  # before the run's config.yaml is replaced by one that does not fit its checkpoint
+            found = read_checkpoint(self.settings.ckpt_path)
+            identity.check(found, self.model.method, identity.of_data(self.datamodule))
         if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
-            _remove_run(self.folder)  # only now that nothing more can be wrong with the new one
+            remove_run(self.folder)  # only now that nothing more can be wrong with the new one
         self.loaded = time.perf_counter()
 
     def after_fit(self) -> None:
@@ -228,7 +223,7 @@ class AdaptiveMergeCLI(LightningCLI):
             seconds=seconds,
             guard=guard.record() if guard else None,
         )
-        _publish(results, self.folder)
+        publish(results, self.folder)
         if self.trainer.is_global_zero and self.settings.run.report:
             from adaptive_merge.report.html import report_run  # here, because matplotlib takes a second to import
 
@@ -244,7 +239,7 @@ class AdaptiveMergeCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the accuracies of the view that was validated."""
         scores = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
-        _console().print(scores)
+        Console().print(scores)
 
 
 def load_run(source: str) -> AdaptiveMerge:
@@ -259,7 +254,7 @@ def load_run(source: str) -> AdaptiveMerge:
         raise MissingFileError(f"{config}: there is no such file; give a run folder or a configuration")
     try:
         content = yaml.safe_load(config.read_text())
-        parts = {key: content[key] for key in ("seed_everything", "suite", "model") if key in content}
+        parts = {key: content[key] for key in ("seed_everything", "suite", "model", "data") if key in content}
         module = AdaptiveMergeCLI(args=parts, run=False).model
     except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
         raise InputError(f"{config}: not a configuration of this program ({error})") from error
@@ -268,48 +263,6 @@ def load_run(source: str) -> AdaptiveMerge:
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
     return module
-
-
-class _SaveConfig(SaveConfigCallback):
-    """`config.yaml` belongs to a run; validation leaves nothing behind."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.config = dict_to_namespace(scrub(self.config.as_dict()))
-            super().setup(trainer, pl_module, stage)
-
-
-@rank_zero_only
-def _refuse_run(folder: Path) -> None:
-    if any((folder / name).exists() for name in RUN_FILES):
-        raise InputError(
-            f"{folder} already holds a run; choose another --run.name, or --run.if_exists resume or overwrite"
-        )
-
-
-@rank_zero_only
-def _remove_run(folder: Path) -> None:
-    for path in (folder / name for name in RUN_FILES):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@rank_zero_only
-def _publish(results: dict[str, Any], folder: Path) -> None:
-    save_json(folder / "results.json", results)
-    console = _console()
-    console.print(table(results))
-    seconds = results["seconds"]
-    console.print(
-        f"{footing(results)}\n"
-        f"{results['steps']} steps in {seconds['adapt']:.0f} s, scored in {seconds['evaluate']:.0f} s; "
-        f"{results['trainable_parameters']:,} numbers learned; the run is in {folder}",
-        soft_wrap=True,
-        highlight=False,
-    )
-
-
-def _console() -> Console:
-    return Console()
 
 
 def _quiet() -> None:

@@ -16,9 +16,10 @@ import yaml
 
 from adaptive_merge.allowlist import explain
 from adaptive_merge.checkpoints.io import check_writable
-from adaptive_merge.cli import RUN_FILES, AdaptiveMergeCLI
+from adaptive_merge.cli import AdaptiveMergeCLI
 from adaptive_merge.errors import InputError
 from adaptive_merge.report.privacy import scrub
+from adaptive_merge.run_folder import RUN_FILES
 
 __all__ = ["Grid", "Trial", "arguments_of", "parse_grid", "plan"]
 
@@ -27,8 +28,9 @@ _LONGEST: Final = 80  # characters of a folder's name
 # Settings that say where a run lies or what it is scored on: runs that differ in these are not ranked together.
 _NOT_VARIED: Final = ("config", "ckpt_path", "weights_only", "suite", "data.protocol", "data.corruption")
 _OF_THE_FOLDER: Final = ("run.root", "run.name", "run.if_exists", "run.report")
-# Settings that do not make a finished run another one.
+# Settings that do not make a finished run another one; the stream's seed follows seed_everything and is not written.
 _NOT_COMPARED: Final = (
+    "data.seed",
     *("config", "ckpt_path", "weights_only", "trainer.default_root_dir", "trainer.enable_progress_bar"),
     *_OF_THE_FOLDER,
 )

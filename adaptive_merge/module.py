@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from adaptive_merge import steps
+from adaptive_merge import identity, steps
 from adaptive_merge.adapters import Adapter
 from adaptive_merge.coefficients import Coefficients, Fixed
 from adaptive_merge.errors import InputError
@@ -20,6 +20,7 @@ from adaptive_merge.losses import StepLosses
 from adaptive_merge.merge import MergedBackbone
 from adaptive_merge.model import AdaptedModel
 from adaptive_merge.objectives import Entropy, Objective, Prediction
+from adaptive_merge.patience import bound_waiting
 from adaptive_merge.placement import BankKind
 from adaptive_merge.scoring import TaskScore
 from adaptive_merge.task_vectors import TaskVectors
@@ -118,6 +119,7 @@ class AdaptiveMerge(pl.LightningModule):
         self.view: View = "adapted"
         self._compares = False
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
+        self._parts, self._data = identity.of_parts(self, transforms), None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -166,6 +168,7 @@ class AdaptiveMerge(pl.LightningModule):
         losses = StepLosses(objective, batch, expert, self._mean_over_ranks, self._owns_tasks())
         if not batch:  # more processes than tasks
             loss = torch.stack([0.0 * value.sum() for value in self.learned if value.requires_grad]).sum()
+            loss = loss + self.model.backbone.idle(self._joint(objective))
         elif self._joint(objective):
             loss = steps.joint(self.model, batch, losses)
         else:
@@ -183,6 +186,11 @@ class AdaptiveMerge(pl.LightningModule):
         if self._nothing_kept:
             optimizer.zero_grad()
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """None; but this is Lightning's last hook before the processes form their group."""
+        bound_waiting(self.trainer.strategy)
+        return []
+
     def setup(self, stage: str) -> None:
         """Share the bank out, and make plain DDP fit: a step may use some tasks' adapters only."""
         left_out = getattr(getattr(self.trainer.datamodule, "protocol", None), "unseen", ())
@@ -190,6 +198,8 @@ class AdaptiveMerge(pl.LightningModule):
             raise InputError(
                 f"the protocol leaves out {list(left_out)}, the module {list(self.unseen)}; give both the same tasks"
             )
+        if stage == "fit":
+            self._data = identity.of_data(self.trainer.datamodule)
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         if isinstance(self.trainer.strategy, DDPStrategy):
             # The strategy hands these on to torch's DDP, which is built after this hook.
@@ -281,28 +291,19 @@ class AdaptiveMerge(pl.LightningModule):
         finally:
             self.view, self._compares = before, False
 
+    @property
+    def method(self) -> dict[str, Any]:
+        """The method as plain values under names that users know: what a checkpoint of it belongs to."""
+        return identity.of_method(self, self._parts)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the few kilobytes belong to."""
-        checkpoint["adaptive_merge"] = self._identity()
+        """Say which method and data the few kilobytes belong to."""
+        checkpoint["adaptive_merge"] = {"method": self.method, "data": self._data or identity.of_data(None)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what was learned for other experts, groups or adapters."""
-        found = checkpoint.get("adaptive_merge", {})
-        for key, wanted in self._identity().items():
-            if found.get(key) != wanted:
-                raise InputError(
-                    f"the checkpoint was written with another {key}: {found.get(key)!r}, this run has {wanted!r}; "
-                    "resume with the configuration that it was written with"
-                )
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe,
-            "tasks": list(self.tasks),
-            "granularity": self.coefficients.granularity,
-            "adapters": [type(adapter).__name__ for adapter in self.model.adapters],
-            "task vectors": self.model.backbone.task_vectors.fingerprint,
-        }
+        """Refuse what was learned by another method or, to go on learning, on other data."""
+        going_on = self._trainer is not None and self._trainer.training
+        identity.check(checkpoint, self.method, self._data if going_on else None)
 
     def _enter(self, stage: Stage) -> Objective:
         if len(self.stages) > 1:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +40,7 @@ def tune_command(arguments: list[str]) -> None:
     """
     parser = argparse.ArgumentParser("adaptive-merge tune", description=tune_command.__doc__, allow_abbrev=False)
     parser.add_argument(
-        *("--vary", "-v"),
+        "--vary",
         action="append",
         default=[],
         metavar="KEY=A,B,...",

@@ -16,7 +16,7 @@ import itertools
 import json
 import logging
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,62 @@ MARKS = (640, 1280, 2560, 5120, 7680, 12_800, 38_400)
 RECIPES = ("adamerging", "adamerging_fast", "tinting_pp", "tinting_pp_fast", "surgery_ta", "best")
 QUIET = ("logger", "enable_checkpointing", "enable_progress_bar")
 
-BUDGET = {"adamerging": 7680, "tinting_pp": 2560}  # a fifth of what the published settings take
-SUPERVISED = (
-    '[{"steps":60,"learn":"coefficients","objective":"ExpertDivergence"},'
-    '{"steps":60,"learn":"coefficients","objective":"Entropy"}]'
-)
-BEST_ENTROPY = {"data.images_per_task": (8,), "model.lr": (0.01,)}
-TAUGHT = {"data.sampling": ("epoch",), "model.objective.init_args.soft": (True,)}
-# Recipe → grids of settings; every combination within a grid is a candidate. Steps follow from batch and budget.
-GRIDS: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
-    "adamerging": (
-        {"data.images_per_task": (4, 8, 16), "model.lr": (0.003, 0.01, 0.03)},
-        BEST_ENTROPY | {"data.sampling": ("epoch",), "model.betas": ("[0.9,0.999]", "[0.9,0.99]")},
-        BEST_ENTROPY | {"model.objective": ("null",), "model.stages": (SUPERVISED,)},
-    ),
-    "tinting_pp": ({"data.images_per_task": (2, 4, 8), "model.lr": (0.01, 0.03), "model.adapter_lr": (0.03, 0.1)},),
-}
-COMMON = {"data.schedule": "joint", "model.accumulate": "joint"}
 TASKS = 8
+PUBLISHED = "as published"
+BUDGET = {"adamerging": 7680, "tinting_pp": 2560}  # a fifth of what the published settings take
+
+# Candidates, as arguments of the command line in short: `a|b` stands for one candidate each.
+CANDIDATES = {
+    "adamerging": (
+        "images=4|8|16 lr=0.003|0.01|0.03",
+        "images=8 lr=0.01 sampling=epoch",
+        "images=8 lr=0.01 stages=experts_first",
+    ),
+    "tinting_pp": (
+        "images=16 schedule=shuffled lr=0.01|0.02|0.03",
+        "images=16 schedule=shuffled lr=0.02 adapter_lr=0.03|0.1|0.3",
+        "images=2|4|8 lr=0.01|0.03 adapter_lr=0.03|0.1",
+        "images=2 lr=0.01 adapter_lr=0.03 sampling=epoch",
+        "images=2 lr=0.01 adapter_lr=0.03 soft=true",
+        "images=2 lr=0.01 adapter_lr=0.03 bounds=project",
+        "images=2 lr=0.01 adapter_lr=0.015|0.03|0.05 sampling=epoch soft=true",
+        "images=4 lr=0.01|0.03 adapter_lr=0.03 sampling=epoch soft=true",
+        "images=4 lr=0.01|0.02 adapter_lr=0.05 sampling=epoch soft=true",
+        "images=2 lr=0.03 adapter_lr=0.03 sampling=epoch soft=true",
+        "images=1 lr=0.005 adapter_lr=0.02 sampling=epoch soft=true",
+        "images=2 lr=0.01 adapter_lr=0.03 sampling=epoch soft=true init=average",
+        "images=2 lr=0.01 adapter_lr=0.03 sampling=epoch soft=true betas=[0.9,0.99]",
+        "images=2 lr=0.02 adapter_lr=0.03 sampling=epoch soft=true betas=[0.95,0.99]",
+        "images=2 lr=0.01 adapter_lr=0.03 sampling=epoch soft=true bounds=project",
+        "images=2 lr=0.03 adapter_lr=0.015 sampling=epoch soft=true bounds=project",
+        "images=4 lr=0.05 adapter_lr=0.03 sampling=epoch soft=true bounds=project",
+        "images=8 lr=0.03 adapter_lr=0.05 sampling=epoch soft=true bounds=project",
+        "images=2 lr=0.01 adapter_lr=0.03 sampling=epoch stages=heads_last",
+    ),
+}
+OPTIONS = {
+    "images": "data.images_per_task",
+    "schedule": "data.schedule",
+    "sampling": "data.sampling",
+    "lr": "model.lr",
+    "adapter_lr": "model.adapter_lr",
+    "betas": "model.betas",
+    "init": "model.coefficients.init_args.init",
+    "bounds": "model.coefficients.init_args.bounds",
+    "soft": "model.objective.init_args.soft",
+    "stages": "model.stages",
+}
+SOFT = {"class_path": "PseudoLabel", "init_args": {"soft": True, "confident": True}}
+STAGES = {
+    "experts_first": [
+        {"steps": 60, "learn": "coefficients", "objective": "ExpertDivergence"},
+        {"steps": 60, "learn": "coefficients", "objective": "Entropy"},
+    ],
+    "heads_last": [
+        {"steps": 110, "learn": "all", "objective": SOFT},
+        {"steps": 50, "learn": "adapters", "objective": SOFT},
+    ],
+}
 
 
 class Marks(pl.Callback):
@@ -71,14 +109,11 @@ class Marks(pl.Callback):
 
     def __init__(self, marks: Iterable[int] = ()) -> None:
         self.left, self.draws, self.points = sorted(marks), 0, []
-        self.drawn: dict[str, set[int]] = {}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: AdaptiveMerge, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for task, part in batch.items():
-            self.draws += len(part["index"])
-            self.drawn.setdefault(task, set()).update(part["index"].tolist())
+        self.draws += sum(len(part["index"]) for part in batch.values())
         due = [mark for mark in self.left if mark <= self.draws]
         if due:
             self.left = self.left[len(due) :]
@@ -89,18 +124,12 @@ class Marks(pl.Callback):
             self._score(trainer, pl_module)
 
     def _score(self, trainer: pl.Trainer, module: AdaptiveMerge) -> None:
-        self.points.append({"draws": self.draws} | score(module, trainer.datamodule, self.drawn))
+        self.points.append({"draws": self.draws} | score(module, trainer.datamodule))
 
 
 @torch.no_grad()
-def score(module: AdaptiveMerge, stream: TaskStream, drawn: Mapping[str, set[int]]) -> dict[str, float]:
-    """Means over tasks: accuracy, and without labels agreement with the experts, also on undrawn images alone, and JS.
-
-    Args:
-        module: as it is now.
-        stream: the images.
-        drawn: task → indices of the images that a step has seen.
-    """
+def score(module: AdaptiveMerge, stream: TaskStream) -> dict[str, float]:
+    """Means over tasks: accuracy, and without labels agreement with the experts and JS to them in nats."""
     rows = []
     for loader in stream.val_dataloader():
         columns = []
@@ -108,13 +137,11 @@ def score(module: AdaptiveMerge, stream: TaskStream, drawn: Mapping[str, set[int
             task = batch["task"]
             logits = module.model(task, batch["image"], module.views.weights("adapted", task)).logits
             expert = module.views.expert(task, batch, stream.images[task]).logits
-            agrees = logits.argmax(-1) == expert.argmax(-1)
-            new = torch.tensor([index not in drawn.get(task, ()) for index in batch["index"].tolist()])
-            right = logits.argmax(-1) == batch["label"]
-            columns.append(torch.stack([right, agrees, jensen_shannon(logits, expert), agrees & new, new]).double())
-        right, agrees, js, agrees_new, new = torch.cat(columns, 1).mean(1)
-        rows.append(torch.stack([right, agrees, js, agrees_new / new]))
-    return dict(zip(("accuracy", "agreement", "js", "undrawn"), torch.stack(rows).nanmean(0).tolist()))
+            chosen = logits.argmax(-1)
+            found = chosen == batch["label"], chosen == expert.argmax(-1), jensen_shannon(logits, expert)
+            columns.append(torch.stack([column.double() for column in found]))
+        rows.append(torch.cat(columns, 1).mean(1))
+    return dict(zip(("accuracy", "agreement", "js"), torch.stack(rows).mean(0).tolist()))
 
 
 def adapt(arguments: Sequence[str], marks: Iterable[int], outputs: FrozenOutputs) -> list[dict[str, float]]:
@@ -134,16 +161,25 @@ def adapt(arguments: Sequence[str], marks: Iterable[int], outputs: FrozenOutputs
     return seen.points
 
 
-def candidates(recipe: str) -> list[list[str]]:
-    """The argument lists of a recipe's grid."""
-    budget, axes = GRIDS[recipe]
-    found = []
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values)) | COMMON
-        steps = budget // (TASKS * chosen["data.images_per_task"])
-        chosen["trainer.max_steps"] = steps
-        found.append([word for name, value in chosen.items() for word in (f"--{name}", str(value))])
-    return found
+def candidates(recipe: str) -> list[str]:
+    """The recipe's candidates, one combination each, such as `images=2 lr=0.01`."""
+    axes = [[word.split("=") for word in line.split()] for line in CANDIDATES[recipe]]
+    products = (
+        itertools.product(*([f"{name}={value}" for value in values.split("|")] for name, values in line))
+        for line in axes
+    )
+    return [" ".join(words) for product in products for words in product]
+
+
+def arguments_of(candidate: str, budget: int) -> list[str]:
+    """A candidate as arguments of the command line; as many steps as the budget of draws gives."""
+    chosen = {"schedule": "joint"} | dict(word.split("=") for word in candidate.split())
+    tasks = TASKS if chosen["schedule"] == "joint" else 1
+    found = ["--model.accumulate", "joint", "--trainer.max_steps", str(budget // (tasks * int(chosen["images"])))]
+    if "stages" in chosen:
+        found += ["--model.objective", "null"]
+        chosen["stages"] = json.dumps(STAGES[chosen["stages"]])
+    return [*found, *(word for name, value in chosen.items() for word in (f"--{OPTIONS[name]}", value))]
 
 
 def missing(file: Path, jobs: Iterable[tuple[str, list[str]]], marks: Sequence[int]) -> dict[str, Any]:
@@ -192,14 +228,14 @@ def mean_and_spread(values: Sequence[float | None]) -> str:
 def choice(recipe: str) -> str:
     """Run a recipe's candidates on the validation images and give their table, the highest agreement first."""
     start = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--suite.split", "val"]
-    jobs = [(" ".join(arguments), [*start, *arguments]) for arguments in candidates(recipe)]
-    jobs.append(("as published", start))
+    jobs = [(name, [*start, *arguments_of(name, BUDGET[recipe])]) for name in candidates(recipe)]
+    jobs.append((PUBLISHED, start))
     known = missing(RUNS / f"choose-{recipe}.json", jobs, ())
     ends = {name: known[name][-1] for name, _ in jobs}
     lines = ["| settings | draws | agreement, % | JS, nats | accuracy, % |", "|---|---|---|---|---|"]
     for name, end in sorted(ends.items(), key=lambda item: -item[1]["agreement"]):
         numbers = f"{100 * end['agreement']:.1f} | {end['js']:.4f} | {100 * end['accuracy']:.1f}"
-        lines.append(f"| {plain(name)} | {end['draws']:,} | {numbers} |")
+        lines.append(f"| `{name}` | {end['draws']:,} | {numbers} |")
     tried = [ends[name] for name, _ in jobs[:-1]]
     return "\n".join([*lines, "", ranking(tried)])
 
@@ -209,13 +245,6 @@ def ranking(tried: Sequence[dict[str, float]]) -> str:
     accuracy, agreement, js = (torch.tensor([end[key] for end in tried]) for key in ("accuracy", "agreement", "js"))
     values = float(spearman_corrcoef(agreement, accuracy)), float(spearman_corrcoef(-js, accuracy))
     return f"Rank correlation with the accuracy: agreement {values[0]:.2f}, closeness in JS {values[1]:.2f}."
-
-
-def plain(arguments: str) -> str:
-    """A candidate's arguments for people: what all candidates have in common is left out."""
-    words = arguments.replace("--", "").split()
-    pairs = [(name.rpartition(".")[2], value) for name, value in zip(words[::2], words[1::2]) if name not in COMMON]
-    return ", ".join(f"{name} {value}" for name, value in pairs) if len(pairs) > 1 else arguments
 
 
 def write(part: str, table: str) -> None:
@@ -231,7 +260,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--choose", nargs="+", choices=GRIDS, help="instead: candidates for the fast variants of these")
+    parser.add_argument(
+        "--choose", nargs="+", choices=CANDIDATES, help="instead: candidates for the fast variants of these"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)

@@ -50,6 +50,8 @@ STATIC = ("weight_averaging", "task_arithmetic", "ties")  # nothing random in th
 STAGED = ("surgery_adamerging", "adamerging_fast")  # their stages are longer than a single pass
 REFERENCES = {"pretrained": ("pre-trained", 48.0), "individual": ("individual experts", 90.5)}
 
+QUICK_DIAGNOSTICS = '[{"class_path": "adaptive_merge.callbacks.Diagnostics", "init_args": {"cross": false}}]'
+
 # Protocol → what it adds to the command line.
 PROTOCOLS: dict[str, list[str]] = {
     "transductive": [],
@@ -65,6 +67,13 @@ def folder_of(protocol: str, method: str, seed: int) -> Path:
     return RUNS / protocol / f"{method}-{seed}"
 
 
+def cache_of(protocol: str, run: str) -> Path:
+    """What experts say about an image is the same in all runs; what a frozen merge says is not."""
+    images = "corrupted" if protocol == "corrupted" else "clean"
+    frozen = run.startswith("surgery_") and not run.startswith("surgery_v2")
+    return RUNS / "cache" / images / (f"{protocol}-{run}" if frozen else "experts")
+
+
 def run(protocol: str, method: str, seed: int) -> None:
     """One run, in a process of its own with one thread, so that two at a time do not fight over the cores."""
     folder = folder_of(protocol, method, seed)
@@ -73,6 +82,7 @@ def run(protocol: str, method: str, seed: int) -> None:
     command = [sys.executable, "-m", "adaptive_merge", "fit", "--config", str(CONFIGS / f"{method}.yaml")]
     command += ["--seed_everything", str(seed), "--run.root", str(folder.parent), "--run.name", folder.name]
     command += ["--run.if_exists", "overwrite", "--run.report", "false", "--trainer.enable_progress_bar", "false"]
+    command += ["--model.cache", str(cache_of(protocol, folder.name)), "--trainer.callbacks", QUICK_DIAGNOSTICS]
     command += PROTOCOLS[protocol]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode not in (0, 4):  # 4: the guard ended the run; its results are there, and say so

@@ -13,6 +13,7 @@ import yaml
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from adaptive_merge.callbacks.guard import Guard
 from adaptive_merge.callbacks.history import History
 from adaptive_merge.callbacks.sturdy import Sturdy
 from adaptive_merge.errors import InputError
@@ -31,7 +32,8 @@ class Dashboard(pl.Callback):
     """Log figures every few validations and after the last scoring, to every logger that takes images.
 
     Scalars reach the loggers by themselves. Nothing is drawn where no logger takes images, and whatever fails here
-    leaves one warning and the run alone.
+    leaves one warning and the run alone. Where labels choose the step that is kept, all names begin with `ORACLE/`;
+    tasks that were not merged are called so.
 
     Args:
         every: validations within `fit` between two sets of figures.
@@ -71,10 +73,11 @@ class Dashboard(pl.Callback):
             self._publish(trainer, self._running(trainer, pl_module), None)
 
     def _collect(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for task in module.tasks:
+        for task in module.scored_tasks:
             value = trainer.callback_metrics.get(f"{module.view}/{task}/accuracy")
             if value is not None:
-                self._scores[task][module.view] = float(value)
+                name = f"unseen: {task}" if task in module.unseen else task
+                self._scores[name][module.view] = float(value)
 
     def _running(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[tuple[str, Figure]]:
         from adaptive_merge.report.coefficient_figures import coefficient_heatmap, coefficient_trajectories
@@ -116,9 +119,9 @@ class Dashboard(pl.Callback):
             self._failed = True
             _log.warning("figures for the dashboard could not be drawn and are left out: %r", error)
             return
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step, prefix = trainer.fit_loop.epoch_loop._batches_that_stepped, "ORACLE/" if _by_labels(trainer) else ""
         for logger in loggers:
-            self._attempt(logger, lambda logger=logger: _send(_inner(logger), images, table, step))
+            self._attempt(logger, lambda logger=logger: _send(_inner(logger), images, table, step, prefix))
 
     def _attempt(self, logger: Logger, action: Any) -> None:
         """A bare logger that fails is protected from here on, so that it is asked no more."""
@@ -126,17 +129,21 @@ class Dashboard(pl.Callback):
         sturdy.attempt(action)
 
 
-def _send(logger: Logger, images: Mapping[str, Any], table: list[list[Any]] | None, step: int) -> None:
+def _by_labels(trainer: pl.Trainer) -> bool:
+    return any(isinstance(callback, Guard) and callback.select == "oracle" for callback in trainer.callbacks)
+
+
+def _send(logger: Logger, images: Mapping[str, Any], table: list[list[Any]] | None, step: int, prefix: str) -> None:
     columns = ["task", *_VIEWS]
     for name, image in images.items():
         if hasattr(logger, "log_image"):
-            logger.log_image(f"figures/{name}", [image], step=step)
+            logger.log_image(f"{prefix}figures/{name}", [image], step=step)
         else:
-            logger.experiment.add_image(f"figures/{name}", image, step, dataformats="HWC")
+            logger.experiment.add_image(f"{prefix}figures/{name}", image, step, dataformats="HWC")
     if table and hasattr(logger, "log_table"):
-        logger.log_table("results", columns=columns, data=table, step=step)
+        logger.log_table(f"{prefix}results", columns=columns, data=table, step=step)
     elif table and hasattr(logger.experiment, "add_text"):
-        logger.experiment.add_text("results", _markdown(columns, table), step)
+        logger.experiment.add_text(f"{prefix}results", _markdown(columns, table), step)
     logger.save()
 
 

@@ -44,8 +44,9 @@ class Guard(pl.Callback):
         every: steps between looks; default: so many that looking costs at most 3 % of the run, at least 25.
         images: images of each task to look at.
         select: the state that is kept at the end: the last one or, of those that were looked at, start and end
-            included and collapsed ones excluded, the one that agrees most with the experts, has the smallest JS divergence to them, or the
-            smallest entropy. `"oracle"` keeps the one of the best validated accuracy, and so uses labels.
+            included and collapsed ones excluded, the one that agrees most with the experts, has the smallest JS
+            divergence to them, or the smallest entropy. `"oracle"` keeps the one of the best validated accuracy,
+            and so uses labels.
         on_collapse: `"warn"` lets a collapsed run go on.
     """
 
@@ -93,21 +94,18 @@ class Guard(pl.Callback):
         if trainer.global_step == 0 or not self._best:
             self._reset()
             self._next = trainer.global_step + self._interval
-            state = _snapshot(pl_module)
-            for name in {"agreement", self.select}.intersection(_LABEL_FREE):
-                self._best[name] = (0.0, trainer.global_step, state)
+        # Scores are measured from the start; a later state without one gives way to whatever is looked at next.
+        first = (-math.inf if trainer.global_step else 0.0, trainer.global_step, _snapshot(pl_module))
+        for name in {"agreement", self.select}.intersection(_LABEL_FREE):
+            self._best.setdefault(name, first)
         if self._stopped and self.on_collapse == "stop":
             trainer.should_stop = True
+        # A checkpoint may be older than the look at its own step.
+        self._look_if_due(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Look where it is time, and at the last step."""
-        step = trainer.global_step
-        if step == self._last or self._stopped or (step < self._next and step != trainer.max_steps):
-            return
-        now = self._look(trainer, pl_module)
-        for logger in trainer.loggers if now else ():
-            # `self.log` would repeat the values at every step until the next look. Lightning's rows count from 0.
-            logger.log_metrics(_metrics(now), step - 1)
+        self._look_if_due(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """With labels, where the user asked for it: note the accuracy of this state."""
@@ -154,6 +152,15 @@ class Guard(pl.Callback):
         at_once = 1 if stream.schedule == "shuffled" else tasks
         step = 3 * stream.images_per_task * at_once * trainer.accumulate_grad_batches  # a backward is two forwards
         return max(FLOOR, math.ceil(look / (SHARE * step)))
+
+    def _look_if_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._last or self._stopped or (step < self._next and step != trainer.max_steps):
+            return
+        now = self._look(trainer, module)
+        for logger in trainer.loggers if now else ():
+            # `self.log` would repeat the values at every step until the next look. Lightning's rows count from 0.
+            logger.log_metrics(_metrics(now), step - 1)
 
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Signals]:
         now, start = self._watch.compare(trainer, module)

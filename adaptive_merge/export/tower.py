@@ -198,7 +198,7 @@ def _not_plain(tower: nn.Module) -> str | None:
 @torch.no_grad()
 def reference(module: AdaptiveMerge, task: str | None, images: Tensor, logits: bool) -> Tensor:
     """What the module itself says of normalised images: features [B, d], or a task's logits [B, C]."""
-    images = images.to(module.model.backbone.task_vectors.device)
+    images = images.to(module.model.backbone.device)
     if logits and task is not None:
         return module(task, images).cpu()
     backbone = module.model.backbone

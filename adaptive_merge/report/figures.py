@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from adaptive_merge.report.style import (
     GRID,
@@ -152,7 +153,10 @@ def adaptation_curves(curves: Mapping[str, Curve], y: str, total: Curve | None =
         axes.plot(steps, values, color=colour(index), label=label(task, 14), **style)
     if total is not None and len(curves) > 1:
         axes.plot(*smooth(total), color=INK, linewidth=2.2, label="mean", marker="o" if sparse else "", markersize=3.5)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    low, high = axes.get_ylim()
+    low = min(0.0, low)
+    axes.set_ylim(low, high + 0.03 * (high - low))  # room for dots at the top
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     tune(axes, x="step", y=y)
     legend(axes)
     return figure

@@ -29,7 +29,7 @@ _CURVES = (
         "Part of the images that the guard looks at where model and expert say the same class; no label has a part.",
         True,
     ),
-    ("js", "JS divergence to the expert", "Jensen–Shannon, in nats, on the images that the guard looks at.", True),
+    ("js", "Divergence from the expert", "Jensen–Shannon, in nats, on the images that the guard looks at.", True),
     (
         "marginal",
         "Marginal entropy",
@@ -98,8 +98,8 @@ def _prequential(run: Run) -> Iterator[Plan]:
     )
     yield (
         "Prequential accuracy",
-        f"Every image was predicted before it was used; {100 * mean:.1f} % on average over the pass. The model that was "
-        f"kept reaches {100 * final:.1f} % when it is asked about all images afterwards, which is no online result."
+        f"Every image was predicted before it was used; {100 * mean:.1f} % on average over the pass. The model that "
+        f"was kept reaches {100 * final:.1f} % when it is asked about all images afterwards, which is no online result."
         + (f" No step predicted {late:,} of the images; the model that was kept did." if late else ""),
         lambda: figures.prequential_curves(
             {task: (np.array(one["images"]), np.array(one["curve"])) for task, one in passes.items()}, mean, final

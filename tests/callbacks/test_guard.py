@@ -217,16 +217,16 @@ def test_on_collapse_warn_goes_on(toy, bank, heads, images):
 
 
 def test_adamerging_at_a_learning_rate_of_0_3_is_stopped():
-    suite = am.load_suite("embedded", ["surface", "hebrew", "latin", "animal"], split="val")
+    suite = am.load_suite("embedded", split="val")
     module = am.AdaMerging(suite.task_vectors, suite.backbone, suite.heads, lr=0.3, bounds="free")
-    start, guard = module.coefficients.values.detach().clone(), Guard()
-    trainer = train(module, am.TaskStream(suite.images), 50, [guard])
+    start, guard = module.coefficients.values.detach().clone(), Guard(every=25)
+    trainer = train(module, am.TaskStream(suite.images, 4), 50, [guard])
     assert guard.stopped and trainer.global_step < 50
     assert torch.equal(module.coefficients.values, start)
 
 
 def test_the_state_to_keep(toy, bank, heads, images):
-    """The best of the states that were looked at and had not collapsed, by each criterion, as measured afterwards."""
+    """The best of the states that were looked at, collapsed ones aside, as measured afterwards."""
     values, kept = {1: 0.1, 4: 0.6, 7: 0.25, 10: 0.0, 13: 0.9}, {}
     looks = dict.fromkeys((0, 3, 6, 9, 12, 15))
     for select in ("last", "agreement", "js", "entropy"):
@@ -247,7 +247,15 @@ def test_the_state_to_keep(toy, bank, heads, images):
     for select, best in (("agreement", max), ("js", min), ("entropy", min)):
         means = {step: sum(getattr(one, select) for one in now.values()) for step, now in looks.items()}
         assert means[kept[select]] == pytest.approx(best(means.values()), abs=1e-6)
-    assert kept["last"] == 15 and len(looks) < 6 and len(set(kept.values())) > 2
+    assert kept["last"] == 15 and len(set(kept.values())) > 2
+
+
+@pytest.mark.parametrize("select", ["agreement", "js", "entropy"])
+def test_a_collapsed_state_is_never_the_one_to_keep(select, toy, bank, heads, images):
+    """Entropy alone would choose it: large weights make sure predictions."""
+    module, guard = am.AdaMerging(bank, toy, heads, bounds="free"), Guard(3, 20, select, on_collapse="warn")
+    train(module, images, 12, [Steer({1: 0.2, 4: -9.0}), guard])
+    assert guard.record()["kept_step"] in (0, 3) and guard.record()["warnings"]
 
 
 def test_the_oracle_keeps_the_best_validation(toy, bank, heads, images):
@@ -293,7 +301,7 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(cut, collapse, toy, bank
 
     guard, module = Guard(3, 20, "js"), make()
     steer = {4: 0.35, 7: 0.2} | ({10: -9.0} if collapse else {})
-    whole = train(module, images, 24, [Steer(steer), guard, Save()])
+    whole = train(module, images, 24, [Steer(steer), Save(), guard])  # saved before the guard looks
     other, resumed = Guard(3, 20, "js"), make()
     part = train(resumed, images, 24, [Steer(steer), other], tmp_path / "cut.ckpt")
     assert other.record() == guard.record() and guard.stopped is collapse
@@ -373,3 +381,11 @@ def test_looking_costs_at_most_three_percent(stream, make, interval, toy, bank, 
 def test_impossible_guards(wrong, message):
     with pytest.raises(InputError, match=message):
         Guard(**wrong)
+
+
+def test_a_run_may_be_resumed_with_another_choice(toy, bank, heads, images, tmp_path):
+    for select, source, kept in (("agreement", None, {0, 3}), ("js", tmp_path / "6.ckpt", {6, 9, 12})):
+        module, guard = am.AdaMerging(bank, toy, heads), Guard(3, 20, select)
+        trainer = train(module, images, 12 if source else 6, [Steer({4: 0.9}), guard], source)
+        trainer.save_checkpoint(tmp_path / "6.ckpt", weights_only=False)
+        assert guard.record()["select"] == select and guard.record()["kept_step"] in kept

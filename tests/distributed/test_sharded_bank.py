@@ -21,6 +21,9 @@ RECIPES = {
     "surgery and coefficients": (am.Surgery, {"rank": 2, "coefficients": am.LayerWise}, {}),
     "tinting++, shuffled": (am.TintingPP, {}, {"schedule": "shuffled"}),
     "tinting++, a block": (am.TintingPP, {"layer": "blocks.1.1.weight"}, {}),
+    # Of four processes one owns no task, and merges along with the others all the same.
+    "tasks owned, joint": (am.AdaMerging, {"accumulate": "joint"}, {"share": "tasks"}),
+    "tasks owned, surgery": (am.Surgery, {"rank": 2}, {"share": "tasks"}),
 }
 VALIDATED = ("adamerging++", "surgery", "tinting++, a block")
 

@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from sample_runs import HOSTILE
 
 import adaptive_merge as am
-from adaptive_merge.callbacks import Dashboard, History, Sturdy, protect
+from adaptive_merge.callbacks import Dashboard, Guard, History, Sturdy, protect
 from adaptive_merge.callbacks.dashboard import _markdown
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -187,6 +187,28 @@ def test_tensorboard_gets_figures_and_a_table(parts, tmp_path):
     assert {"figures/coefficients", "figures/accuracy", "figures/trajectories"} <= set(events["images"])
     assert {"train/loss", "adapted/accuracy"} <= set(events["scalars"])
     assert any("results" in tag for tag in events["tensors"])
+
+
+def test_a_choice_by_labels_marks_every_name(parts, tmp_path):
+    sent = []
+    logger = Dead("nowhere")
+    logger.log_image = lambda name, images, step: sent.append(name)
+    logger.log_table = lambda name, **content: sent.append(name)
+    adapt(parts, [Sturdy(logger)], tmp_path, callbacks=[Guard(every=1, images=4, select="oracle")])
+    assert {"ORACLE/figures/accuracy", "ORACLE/figures/coefficients", "ORACLE/results"} <= set(sent)
+    assert all(name.startswith("ORACLE/") for name in sent)
+
+
+def test_unseen_tasks_are_called_so(bank, toy, heads, images, tmp_path):
+    def parts():
+        protocol = am.Unseen(["green"])
+        return am.AdaMerging(bank, toy, heads, unseen=["green"]), am.TaskStream(images, 4, protocol=protocol)
+
+    tables = []
+    logger = Dead("nowhere")
+    logger.log_table = lambda name, columns, data, step: tables.append(data)
+    adapt(parts, [Sturdy(logger)], tmp_path)
+    assert [row[0] for row in tables[-1]] == ["red", "unseen: green", "blue"]
 
 
 def test_a_figure_that_fails_does_not_stop_training(parts, tmp_path, monkeypatch, caplog):

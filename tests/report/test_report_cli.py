@@ -6,6 +6,8 @@ import pytest
 
 from adaptive_merge.__main__ import main
 from adaptive_merge.report.runs import read_run
+from adaptive_merge.report.sections import run_sections
+from adaptive_merge.report.terms import terms
 
 CONFIG = """
 model:
@@ -45,6 +47,20 @@ def test_fit_writes_a_report_and_plain_lines(work, capsys):
     assert not (run / "report.html").exists()
     assert main(["report", "runs/quick", "--no-tsne"]) == 0
     assert (run / "report.html").is_file()
+
+
+def test_the_report_of_fit_names_the_protocol_and_its_results(work):
+    assert main(["fit", "--config", "quick.yaml", "--data.protocol", "Online", "--run.name", "once"]) == 0
+    once = read_run(work / "runs" / "once")
+    page = (once.folder / "report.html").read_text()
+    assert "Protocol online: adapted on" in page and "Prequential accuracy" in page and once.notes == []
+    assert once.criterion("adapted", "agreement") is not None and once.calibration_error("initial") is not None
+    command = ["fit", "--config", "quick.yaml", "--data.protocol", "Unseen", "--data.protocol.tasks", "[green]"]
+    assert main([*command, "--run.name", "other", "--run.report", "false"]) == 0
+    other = read_run(work / "runs" / "other")
+    panels = [panel for section in run_sections(other, "x") for panel in section.panels]
+    assert list(other.merged) == ["red", "blue"] and terms(other) == "unseen, tasks green" and other.notes == []
+    assert any("unseen: green" in panel.svg for panel in panels)
 
 
 def test_report_errors_are_one_message(work, capsys):
