@@ -9,7 +9,7 @@ from jsonargparse import set_parsing_settings
 
 from adaptive_merge.errors import InputError
 
-__all__ = ["ALLOWED", "VARIABLE", "explain", "restrict_imports"]
+__all__ = ["ALLOWED", "VARIABLE", "explain", "open_packages", "restrict_imports"]
 
 VARIABLE = "ADAPTIVE_MERGE_ALLOW"
 ALLOWED = (
@@ -27,7 +27,8 @@ ALLOWED = (
     "lightning_fabric.strategies",
 )
 _OPTION = "--allow-import"
-_opened: set[str] = set()
+_ever_opened: set[str] = set()
+_open: list[str] = []
 
 
 def restrict_imports(arguments: Sequence[str]) -> list[str]:
@@ -48,13 +49,19 @@ def restrict_imports(arguments: Sequence[str]) -> list[str]:
         if not all(part.isidentifier() for part in name.split(".")):
             raise InputError(f"{_OPTION} {name!r}: give the name of a package, such as my_methods")
     # The settings are the process's: what an earlier call has opened does not stay open.
-    closed = sorted(_opened - set(opened) - set(ALLOWED))
+    closed = sorted(_ever_opened - set(opened) - set(ALLOWED))
     try:
         set_parsing_settings(import_path_denylist=["*", *closed], import_path_allowlist=[*ALLOWED, *opened])
     except ValueError as error:
         raise InputError(f"{_OPTION}: {error}") from error
-    _opened.update(opened)
+    _ever_opened.update(opened)
+    _open[:] = opened
     return rest
+
+
+def open_packages() -> list[str]:
+    """What `--allow-import` and ADAPTIVE_MERGE_ALLOW have opened for this call."""
+    return list(_open)
 
 
 def explain(error: Exception) -> str:

@@ -169,12 +169,9 @@ class AdaptiveMergeCLI(LightningCLI):
         last = ModelCheckpoint(
             self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
         )
-        watching = [
-            *safeguards(self.folder, trainer.callbacks),
-            Ledger(str(self.folder)),
-            *self._guard(trainer.callbacks),
-        ]
-        trainer.callbacks.extend([*watching, last])
+        # The guard first: what it restores is what the others compare and save.
+        ours = [*self._guard(trainer.callbacks), *safeguards(self.folder, trainer.callbacks), Ledger(str(self.folder))]
+        trainer.callbacks.extend([*ours, last])
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 

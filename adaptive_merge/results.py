@@ -83,6 +83,7 @@ def summary(
     found: dict[str, Any] = {"schema": SCHEMA, "recipe": module.recipe, "seed": stream.seed}
     found["protocol"] = {
         "name": stream.protocol.name,
+        "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in vars(stream.protocol).items()},
         "adapted_on": {task: int(row["adapted"].sum()) for task, row in rows.items()},
         "scored_on": {task: int(row["scored"].sum()) for task, row in rows.items()},
     }

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from adaptive_merge import allowlist
+from adaptive_merge.allowlist import VARIABLE, open_packages
 from adaptive_merge.callbacks.preemption import EXIT_REQUEUE, EXIT_TERMINATED
 from adaptive_merge.callbacks.ranks import RunStopped
 from adaptive_merge.errors import InputError
@@ -91,8 +91,8 @@ def _fit(arguments: Sequence[str], log: Path) -> int:
     What it says goes to a file, for it ends with accuracies, which nobody should see before the choice is made.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    opened = sorted(allowlist._opened)  # what --allow-import has opened for this process
-    environment = os.environ | ({allowlist.VARIABLE: ",".join(opened)} if opened else {})
+    opened = open_packages()
+    environment = os.environ | ({VARIABLE: ",".join(opened)} if opened else {})
     command = [sys.executable, "-m", "adaptive_merge", "fit", *arguments]
     with (
         log.open("w") as file,

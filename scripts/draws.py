@@ -46,8 +46,8 @@ BUDGET = {"adamerging": 7680, "tinting_pp": 2560}  # a fifth of what the publish
 # Candidates, as arguments of the command line in short: `a|b` stands for one candidate each.
 CANDIDATES = {
     "adamerging": (
-        "images=4|8|16 lr=0.003|0.01|0.03",
-        "images=8 lr=0.01 sampling=epoch",
+        "images=4|8|16 lr=0.003|0.01",
+        "images=16 lr=0.03",
         "images=8 lr=0.01 stages=experts_first",
     ),
     "tinting_pp": (
@@ -174,15 +174,16 @@ def candidates(recipe: str) -> list[str]:
 def arguments_of(candidate: str, budget: int) -> list[str]:
     """A candidate as arguments of the command line; as many steps as the budget of draws gives."""
     chosen = {"schedule": "joint"} | dict(word.split("=") for word in candidate.split())
-    tasks = TASKS if chosen["schedule"] == "joint" else 1
-    found = ["--model.accumulate", "joint", "--trainer.max_steps", str(budget // (tasks * int(chosen["images"])))]
+    joint = chosen["schedule"] == "joint"
+    steps = budget // (int(chosen["images"]) * (TASKS if joint else 1))
+    found = ["--trainer.max_steps", str(steps), "--model.accumulate", "joint" if joint else "per_task"]
     if "stages" in chosen:
         found += ["--model.objective", "null"]
         chosen["stages"] = json.dumps(STAGES[chosen["stages"]])
     return [*found, *(word for name, value in chosen.items() for word in (f"--{OPTIONS[name]}", value))]
 
 
-def missing(file: Path, jobs: Iterable[tuple[str, list[str]]], marks: Sequence[int]) -> dict[str, Any]:
+def run_missing(file: Path, jobs: Iterable[tuple[str, list[str]]], marks: Sequence[int]) -> dict[str, Any]:
     """Name → points of all jobs; runs those that the file does not hold yet, and notes each as it ends."""
     known = json.loads(file.read_text()) if file.is_file() else {}
     outputs = FrozenOutputs()
@@ -201,7 +202,7 @@ def curves(recipes: Sequence[str], seeds: Sequence[int], marks: Sequence[int]) -
         for seed in seeds
         for recipe in recipes
     ]
-    known = missing(RUNS / "curves.json", jobs, marks)
+    known = run_missing(RUNS / "curves.json", jobs, marks)
     lines = ["| recipe | seeds | " + " | ".join(f"{mark:,}" for mark in MARKS) + " | last |", "|---" * 10 + "|"]
     for recipe in RECIPES:
         runs = [points for name, points in known.items() if name.rpartition("-")[0] == recipe]
@@ -230,7 +231,7 @@ def choice(recipe: str) -> str:
     start = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--suite.split", "val"]
     jobs = [(name, [*start, *arguments_of(name, BUDGET[recipe])]) for name in candidates(recipe)]
     jobs.append((PUBLISHED, start))
-    known = missing(RUNS / f"choose-{recipe}.json", jobs, ())
+    known = run_missing(RUNS / f"choose-{recipe}.json", jobs, ())
     ends = {name: known[name][-1] for name, _ in jobs}
     lines = ["| settings | draws | agreement, % | JS, nats | accuracy, % |", "|---|---|---|---|---|"]
     for name, end in sorted(ends.items(), key=lambda item: -item[1]["agreement"]):

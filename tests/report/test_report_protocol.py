@@ -203,7 +203,7 @@ def test_what_the_guard_logs_is_drawn_as_dots_at_its_looks(tmp_path):
     panels = {panel.title: panel.svg for panel in panels_of(run)}
     for title in (
         "Agreement with the expert",
-        "JS divergence to the expert",
+        "Divergence from the expert",
         "Marginal entropy",
         "Length of the features",
     ):
