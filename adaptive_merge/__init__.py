@@ -22,13 +22,14 @@ _HOMES = {
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "export": ["export_model", "load_adapters", "save_adapters"],
     "merge": ["MergedBackbone"],
-    "module": ["AdaptiveMerge", "Stage"],
+    "module": ["AdaptiveMerge"],
     "objectives": ["Entropy", "ExpertDivergence", "FeatureDistance", "Objective", "Prediction", "PseudoLabel"],
     "recipes": [
         *("AdaMerging", "AdaMergingPP", "Surgery", "SurgeryV2", "TaskArithmetic"),
         *("TiesMerging", "Tinting", "TintingPP", "WeightAveraging"),
     ],
     "results": ["evaluate", "score"],
+    "stages": ["Stage"],
     "task_vectors": ["TaskVectors"],
     "transforms": ["Ties", "Transform"],
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaptive_merge import identity, steps
 from adaptive_merge.adapters import Adapter
 from adaptive_merge.coefficients import Coefficients, Fixed
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.frozen import FrozenOutputs
 from adaptive_merge.losses import StepLosses
 from adaptive_merge.merge import MergedBackbone
@@ -23,28 +23,12 @@ from adaptive_merge.objectives import Entropy, Objective, Prediction
 from adaptive_merge.patience import bound_waiting
 from adaptive_merge.placement import BankKind
 from adaptive_merge.scoring import TaskScore
+from adaptive_merge.stages import Stage, at_step
 from adaptive_merge.task_vectors import TaskVectors
 from adaptive_merge.transforms import Transform
 from adaptive_merge.views import FrozenViews, View
 
-__all__ = ["AdaptiveMerge", "Stage"]
-
-
-class Stage:
-    """A part of a run: what learns, by which objective, for how many steps.
-
-    Args:
-        steps: optimiser steps of this stage; the last stage goes on to the end of the run.
-        learn: what learns meanwhile; the rest stands still.
-        objective: what the unlabelled batches ask for.
-    """
-
-    def __init__(self, steps: int, learn: Literal["coefficients", "adapters", "all"], objective: Objective) -> None:
-        if steps < 1 or learn not in ("coefficients", "adapters", "all"):
-            raise InputError(
-                f"a stage takes at least 1 step and learns 'coefficients', 'adapters' or 'all', got {steps}, {learn!r}"
-            )
-        self.steps, self.learn, self.objective = steps, learn, objective
+__all__ = ["AdaptiveMerge"]
 
 
 class AdaptiveMerge(pl.LightningModule):
@@ -104,9 +88,10 @@ class AdaptiveMerge(pl.LightningModule):
         self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
         self.betas, self.weight_decay = betas, weight_decay
         self.experts, self.unseen = task_vectors, tuple(unseen)
-        merged = (
-            task_vectors.select(task for task in task_vectors.tasks if task not in unseen) if unseen else task_vectors
-        )
+        for task in (task for task in self.unseen if task not in task_vectors.tasks):
+            raise InputError(f"there is no task {task!r} to leave out{did_you_mean(task, task_vectors.tasks)}")
+        kept = [task for task in task_vectors.tasks if task not in self.unseen]
+        merged = task_vectors.select(kept) if unseen else task_vectors
         for transform in transforms:
             merged = transform(merged)
         self.model = AdaptedModel(
@@ -139,12 +124,7 @@ class AdaptiveMerge(pl.LightningModule):
     @property
     def stage(self) -> Stage:
         """The stage that the run has reached: a function of the steps taken, so that a resumed run agrees."""
-        left = self.global_step
-        for stage in self.stages[:-1]:
-            if left < stage.steps:
-                return stage
-            left -= stage.steps
-        return self.stages[-1]
+        return at_step(self.stages, self.global_step)
 
     @property
     def learned(self) -> list[nn.Parameter]:

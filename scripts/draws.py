@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import statistics
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def choice(recipe: str) -> str:
     start = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--suite.split", "val"]
     jobs = [(name, [*start, *arguments_of(name, BUDGET[recipe])]) for name in candidates(recipe)]
     jobs.append((PUBLISHED, start))
-    known = run_missing(RUNS / f"choose-{recipe}.json", jobs, ())
+    known = run_missing(RUNS / f"choose-{recipe}.json", jobs, (2560,))
     ends = {name: known[name][-1] for name, _ in jobs}
     lines = ["| settings | draws | agreement, % | JS, nats | accuracy, % |", "|---|---|---|---|---|"]
     for name, end in sorted(ends.items(), key=lambda item: -item[1]["agreement"]):
@@ -267,6 +268,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     if options.choose:
         for recipe in options.choose:
             write(f"candidates of {recipe}", choice(recipe))

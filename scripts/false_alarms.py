@@ -39,8 +39,8 @@ PARTS = {
 class Recorder(Guard):
     """A guard that notes how far each signal went from the start, and stops nothing."""
 
-    def __init__(self) -> None:
-        super().__init__(on_collapse="warn")
+    def __init__(self, every: int | None) -> None:
+        super().__init__(every, on_collapse="warn")
         self.worst = {"agreement": math.inf, "task agreement": math.inf, "marginal": math.inf, "norm": 0.0}
         self.would_stop = False
 
@@ -75,7 +75,9 @@ def build(value: Any) -> Any:
     return PARTS[value]() if isinstance(value, str) and value in PARTS else value
 
 
-def run(name: str, seed: int, suite: am.Suite, outputs: FrozenOutputs, steps: int, images: int) -> dict[str, Any]:
+def run(
+    name: str, seed: int, suite: am.Suite, outputs: FrozenOutputs, steps: int, images: int, every: int | None
+) -> dict[str, Any]:
     """One run and what its guard saw."""
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     wanted = config["trainer"]["max_steps"]
@@ -85,7 +87,7 @@ def run(name: str, seed: int, suite: am.Suite, outputs: FrozenOutputs, steps: in
         stage.steps = max(1, stage.steps * steps // wanted)
     module = am.AdaptiveMerge(suite.task_vectors, suite.backbone, suite.heads, **model)
     module.views.outputs = outputs
-    guard = Recorder()
+    guard = Recorder(every)
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(20)))
     parser.add_argument("--steps", type=int, default=10**9, help="most steps of a run")
     parser.add_argument("--images", type=int, default=10**9, help="most images of a task in a step")
+    parser.add_argument("--every", type=int, help="steps between looks, where short runs would have too few")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "false_alarms.jsonl")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -148,7 +151,7 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.recipes:
             if not any((row["recipe"], row["seed"]) == (name, seed) for row in rows):
-                rows.append(run(name, seed, suite, shared[name], options.steps, options.images))
+                rows.append(run(name, seed, suite, shared[name], options.steps, options.images, options.every))
                 with options.out.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(json.dumps(rows[-1]), flush=True)

@@ -47,7 +47,7 @@ PUBLISHED: dict[str, float | None] = {
     "best": None,
 }
 STATIC = ("weight_averaging", "task_arithmetic", "ties")  # nothing random in them: one seed says all
-STAGED = ("surgery_adamerging", "adamerging_fast")  # their stages are longer than a single pass
+STAGED = ("surgery_adamerging",)  # its first stage is longer than a single pass
 REFERENCES = {"pretrained": ("pre-trained", 48.0), "individual": ("individual experts", 90.5)}
 
 QUICK_DIAGNOSTICS = '[{"class_path": "adaptive_merge.callbacks.Diagnostics", "init_args": {"cross": false}}]'

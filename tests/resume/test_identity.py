@@ -13,7 +13,7 @@ from adaptive_merge import identity
 from adaptive_merge.__main__ import main
 from adaptive_merge.checkpoints.coefficients import save_coefficients
 from adaptive_merge.checkpoints.run import read_checkpoint
-from adaptive_merge.module import Stage
+from adaptive_merge.stages import Stage
 
 SECRET = "planted0objective0key"
 
