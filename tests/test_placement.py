@@ -150,6 +150,21 @@ def test_a_bfloat16_bank_works_everywhere(toy, bank, heads, images, record_prope
         )
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("recipe", [am.AdaMerging, am.TintingPP])
+def test_a_bfloat16_bank_learns_nearly_the_same_on_the_embedded_suite(recipe, record_property):
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        suite = am.load_suite("embedded", dtype=dtype)
+        module = recipe(suite.task_vectors, suite.backbone, suite.heads)
+        fit(module, suite.images, steps=20, stream={"images_per_task": 16})
+        found.append(module.coefficients().detach())
+    apart, moved = (found[0] - found[1]).abs().max().item(), (found[0] - 0.3).abs().max().item()
+    record_property("difference", apart)
+    record_property("moved", moved)
+    assert apart < 0.05 * moved
+
+
 def test_a_suite_is_held_in_bfloat16_and_in_a_file(suite_folder, tmp_path):
     exact = am.load_suite(str(suite_folder))
     rough = am.load_suite(str(suite_folder), dtype="bfloat16", banks=str(tmp_path))
