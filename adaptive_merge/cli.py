@@ -72,7 +72,7 @@ class AdaptiveMergeCLI(LightningCLI):
         super().__init__(
             AdaptiveMerge,
             TaskStream,
-            save_config_callback=SaveConfig,
+            save_config_callback=SaveConfig if run else None,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
