@@ -76,7 +76,8 @@ def parse_grid(varied: Sequence[str]) -> Grid:
             raise InputError(f"--vary {key} is there twice; give all its values at once: --vary {key}=A,B,...")
         try:
             values = yaml.safe_load(f"[{listed}]")
-        except yaml.YAMLError as error:
+            json.dumps(values)  # dates and the like are no settings
+        except (yaml.YAMLError, TypeError) as error:
             raise InputError(f"--vary {text}: the values are not YAML ({error}); quote strings") from error
         if not values or len({_text(value) for value in values}) < len(values):
             raise InputError(f"--vary {text}: give at least one value, and none twice")

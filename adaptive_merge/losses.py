@@ -52,12 +52,15 @@ class StepLosses:
             return values if self.owns else self.mean_over_ranks(weight * values)
 
         self.said[task], self.entropies[task] = prediction.logits.detach(), normalised_entropy(prediction.logits)
-        objective.average = average
         expert = self.expert(task) if objective.needs_expert else None
-        losses = objective.losses(prediction, expert)
-        if not objective.filters:
+        objective.average = average
+        try:
+            losses = objective.losses(prediction, expert)
+            keep = objective.keep(prediction, expert) if objective.filters else None
+        finally:
+            del objective.average  # it holds on to the batch, and an objective may be used again elsewhere
+        if keep is None:
             return weight * _mean(losses)
-        keep = objective.keep(prediction, expert)
         self.kept[task] = average(_mean(keep.float()))
         return weight * _mean(losses.where(keep, 0.0)) / self.kept[task].clamp_min(1e-12)
 

@@ -167,9 +167,9 @@ class AdaptiveMerge(pl.LightningModule):
             optimizer.zero_grad()
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """None; but this is Lightning's last hook before the processes form their group."""
+        """One for what modules have no hook for; this is also the last hook before the processes form their group."""
         bound_waiting(self.trainer.strategy)
-        return []
+        return [_CloseBank()]
 
     def setup(self, stage: str) -> None:
         """Share the bank out, and make plain DDP fit: a step may use some tasks' adapters only."""
@@ -319,3 +319,10 @@ class AdaptiveMerge(pl.LightningModule):
     def _source(self, task: str) -> Any:
         """The images that a batch's indices point into; None in a loop without a TaskStream."""
         return getattr(getattr(self._trainer, "datamodule", None), "images", {}).get(task)
+
+
+class _CloseBank(pl.Callback):
+    """After an error a process merges alone again: it may have something to save."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        pl_module.model.backbone.placement.close()

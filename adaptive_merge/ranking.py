@@ -23,7 +23,7 @@ __all__ = ["BY", "Candidate", "check_by", "choose_command", "conclusion", "marke
 ORACLE: Final = "oracle"
 BY: Final = (*CRITERIA, ORACLE)
 """The criteria without labels, and `oracle`: the average accuracy, which labels make."""
-_HIGHEST: Final = frozenset(("agreement", ORACLE))
+_SIGNS: Final = CRITERIA | {ORACLE: 1}
 _DIGITS: Final = 4
 
 
@@ -84,7 +84,7 @@ def rank(candidates: Sequence[Candidate], by: str) -> list[Candidate]:
     finished = [one for one in candidates if one.run]
     for other in finished[1:]:
         _check_comparable(finished[0], other)
-    sign = -1 if by in _HIGHEST else 1
+    sign = -_SIGNS[by]
     values = {id(one): one.criterion(by) for one in candidates}
     return sorted(candidates, key=lambda one: math.inf if (value := values[id(one)]) is None else sign * value)
 
@@ -131,7 +131,7 @@ def conclusion(ranked: Sequence[Candidate], by: str) -> str:
     if best.labelled:
         told += "\nORACLE: labels chose the step that this run kept (--run.select oracle)"
     starts = [found for one in ranked if (found := one.criterion(by, "initial")) is not None]
-    if starts and not (value > max(starts) if by in _HIGHEST else value < min(starts)):
+    if starts and not _SIGNS[by] * value > max(_SIGNS[by] * start for start in starts):
         told += f"\nby {by}, no run is better than the best merge that one started from: adapting does not pay here"
     return told
 

@@ -10,9 +10,9 @@ from adaptive_merge.objectives import Prediction, jensen_shannon, normalised_ent
 
 __all__ = ["CRITERIA", "TaskScore"]
 
-CRITERIA = ("agreement", "js", "entropy")
-"""Label-free: share of images on which model and expert name the same class, mean Jensen–Shannon divergence to the
-expert in nats, mean entropy over ln C."""
+CRITERIA = {"agreement": 1, "js": -1, "entropy": -1}
+"""Label-free, with the sign of what is better: share of images on which model and expert name the same class, mean
+Jensen–Shannon divergence to the expert in nats, mean entropy over ln C."""
 _BINS = 15
 
 

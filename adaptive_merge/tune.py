@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -96,31 +96,44 @@ def _fit(arguments: Sequence[str], log: Path) -> int:
     command = [sys.executable, "-m", "adaptive_merge", "fit", *arguments]
     with (
         log.open("w") as file,
+        _passing_on() as (listen, told),
         subprocess.Popen(command, stdout=file, stderr=file, env=environment) as child,
-        _passing_on(child) as told,
     ):
+        listen(child)
         code = child.wait()
     # One that was told before it listened just ends; the grid ends all the same.
     return EXIT_TERMINATED if told and code != EXIT_REQUEUE else code
 
 
 @contextmanager
-def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """What asks this process to stop asks the child, which saves its state first; gives the signals that came."""
-    before, told = {}, []
+def _passing_on() -> Iterator[tuple[Callable[[subprocess.Popen[bytes]], None], list[int]]]:
+    """What asks this process to stop asks the child, which saves its state first.
+
+    Gives a function to call with the child once it runs, and the signals that came: those before it are passed on
+    then, so that no moment is left in which this process would end and leave a child behind.
+    """
+    before, told, children = {}, [], []
 
     def pass_on(number: int, _: Any) -> None:
         told.append(number)
-        child.send_signal(number)
+        for child in children:
+            child.send_signal(number)
+
+    def listen(child: subprocess.Popen[bytes]) -> None:
+        children.append(child)
+        for number in tuple(told):
+            child.send_signal(number)
 
     for name in ("SIGTERM", "SIGUSR1"):
         with suppress(ValueError, AttributeError):  # not the main thread, where somebody else answers; Windows
             number = getattr(signal, name)
             before[number] = signal.signal(number, pass_on)
     try:
-        yield told
+        yield listen, told
     except KeyboardInterrupt:
-        child.wait()  # the terminal has interrupted it as well
+        for child in children:
+            child.terminate()  # it saves first; the terminal may have interrupted it as well, or may not
+            child.wait()
         raise
     finally:
         for number, handler in before.items():

@@ -25,7 +25,7 @@ import yaml
 
 import adaptive_merge as am
 from adaptive_merge import adapters, coefficients, objectives, transforms
-from adaptive_merge.callbacks.guard import Guard
+from adaptive_merge.callbacks.guard import LOOKS_IN_A_ROW, Guard
 from adaptive_merge.callbacks.signals import Signals
 from adaptive_merge.frozen import FrozenOutputs
 
@@ -53,7 +53,7 @@ class Recorder(Guard):
         worst["agreement"] = min(worst["agreement"], sum(changes) / len(changes))
         worst["task agreement"] = min(worst["task agreement"], *changes)
         worst["marginal"], worst["norm"] = min(worst["marginal"], *left), max(worst["norm"], *norms)
-        self.would_stop |= self._in_a_row >= 3
+        self.would_stop |= self._in_a_row >= LOOKS_IN_A_ROW
         return now
 
 

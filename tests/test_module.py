@@ -39,6 +39,12 @@ def test_trajectory_equals_the_published_loop(toy, bank, heads, images, name, ac
     torch.testing.assert_close(learned, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_objective_keeps_nothing_of_a_run(toy, bank, heads, images):
+    objective = am.Entropy(diversity=0.1)
+    fit(am.AdaMerging(bank, toy, heads, objective=objective), images)
+    assert vars(objective) == vars(am.Entropy(diversity=0.1))
+
+
 def test_permuting_the_labels_changes_no_bit(toy, bank, heads, images):
     first = fit(am.AdaMerging(bank, toy, heads), images)
     for source in images.values():

@@ -14,6 +14,7 @@ from adaptive_merge.callbacks.ranks import Ranks
 from adaptive_merge.callbacks.signals import Alarm, Range, Signals, judge, mean_change
 from adaptive_merge.callbacks.watch import Watch
 from adaptive_merge.errors import InputError
+from adaptive_merge.scoring import CRITERIA
 
 __all__ = ["Guard", "Select"]
 
@@ -22,10 +23,9 @@ Select = Literal["last", "agreement", "js", "entropy", "oracle"]
 SHARE = 0.025  # of a run's forward passes; with the first look, which runs more of them, less than 3 %
 FLOOR = 25  # steps between looks, at least
 SOON = 5  # steps to the next look where the run may have to end
-PATIENCE = 3  # looks in a row that end a run
-_LABEL_FREE = ("agreement", "js", "entropy")
-_MOST = 100  # warnings that are recorded
-_STATE = ("best", "warnings", "stopped", "next", "last", "checks", "in_a_row")
+LOOKS_IN_A_ROW = 3  # that show a collapse in a row that end a run
+MOST = 100  # warnings that are recorded
+_STATE = ("best", "warnings", "stopped", "kept_step", "next", "last", "checks", "in_a_row")
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +59,7 @@ class Guard(pl.Callback):
     ) -> None:
         if (every is not None and every < 1) or images < 1:
             raise InputError(f"the guard looks every {every} steps at {images} images of a task; give at least 1 each")
-        if select not in ("last", *_LABEL_FREE, "oracle"):
+        if select not in ("last", *CRITERIA, "oracle"):
             raise InputError(f"unknown select {select!r}; choose 'last', 'agreement', 'js', 'entropy' or 'oracle'")
         if on_collapse not in ("stop", "warn"):
             raise InputError(f"unknown on_collapse {on_collapse!r}; choose 'stop' or 'warn'")
@@ -89,14 +89,17 @@ class Guard(pl.Callback):
         self._interval = self._wanted_interval(trainer, pl_module)
         if self.select == "oracle":
             _check_oracle(trainer)
-        if not hasattr(trainer.datamodule, "watched") and trainer.is_global_zero:
-            _log.warning("the data module has no `watched`: the guard sees nothing but the range of free coefficients")
+        if not hasattr(trainer.datamodule, "watched"):
+            self._cannot_look(trainer)
         if trainer.global_step == 0 or not self._best:
             self._reset()
             self._next = trainer.global_step + self._interval
+        self._kept_step = None
+        if self.on_collapse == "warn":
+            self._stopped, self._in_a_row = None, 0  # of a run that goes on all the same
         # Scores are measured from the start; a later state without one gives way to whatever is looked at next.
         first = (-math.inf if trainer.global_step else 0.0, trainer.global_step, _snapshot(pl_module))
-        for name in {"agreement", self.select}.intersection(_LABEL_FREE):
+        for name in {"agreement", self.select}.intersection(CRITERIA):
             self._best.setdefault(name, first)
         if self._stopped and self.on_collapse == "stop":
             trainer.should_stop = True
@@ -114,14 +117,14 @@ class Guard(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the chosen state; a run that ended before its last step is looked at once more."""
-        if self.select in _LABEL_FREE and not self._stopped and self._last != trainer.global_step:
+        if self.select in CRITERIA and not self._stopped and self._last != trainer.global_step:
             self._look(trainer, pl_module)
-        if self._stopped:
-            self._kept_step = self._stopped["restored_step"]
-        elif self.select in self._best:
-            self._kept_step = self._restore(self.select, pl_module)
-        else:
-            self._kept_step = trainer.global_step
+        self._keep(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that is resumed after its last step trains no more, but its state has to be chosen all the same."""
+        if self._kept_step is None:
+            self._keep(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to decide as the uninterrupted one would."""
@@ -139,6 +142,15 @@ class Guard(pl.Callback):
         self._stopped: dict[str, Any] | None = None
         self._kept_step: int | None = None
         self._next = self._last = self._checks = self._in_a_row = 0
+
+    def _cannot_look(self, trainer: pl.Trainer) -> None:
+        if self.select in CRITERIA:
+            raise InputError(
+                f"select={self.select!r} looks at images that the data module's `watched` names, and this one has "
+                "none; use a TaskStream, or select='last'"
+            )
+        if trainer.is_global_zero:
+            _log.warning("the data module has no `watched`: the guard sees nothing but the range of free coefficients")
 
     def _wanted_interval(self, trainer: pl.Trainer, module: pl.LightningModule) -> int:
         """Counted in forward passes of one image; the same on every process and after every resume."""
@@ -164,20 +176,29 @@ class Guard(pl.Callback):
 
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Signals]:
         now, start = self._watch.compare(trainer, module)
-        self._last, self._checks = trainer.global_step, self._checks + 1
+        self._last, self._checks = trainer.global_step, self._checks + bool(now)
         alarms = judge(now, start, *_ranges(module))
         critical = [alarm for alarm in alarms if alarm.stop]
         # One collapsed task may hide in a good mean: such a state is never the best one.
-        for name in self._best.keys() & set(_LABEL_FREE) if now and not critical else ():
-            better = mean_change(now, start, name) * (1 if name == "agreement" else -1)
+        for name in self._best.keys() & CRITERIA.keys() if now and not critical else ():
+            better = mean_change(now, start, name) * CRITERIA[name]
             self._note(name, better, trainer, module)
         self._in_a_row = self._in_a_row + 1 if critical else 0
         self._tell(alarms, trainer)
-        soon = 0 < self._in_a_row < PATIENCE
+        soon = 0 < self._in_a_row < LOOKS_IN_A_ROW
         self._next = trainer.global_step + (min(SOON, self._interval) if soon else self._interval)
-        if self._in_a_row == PATIENCE and self.on_collapse == "stop":
+        if self._in_a_row == LOOKS_IN_A_ROW and self.on_collapse == "stop":
             self._stop(critical[0], trainer, module)
         return now
+
+    def _keep(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        seen = self._checks or self.select == "oracle"  # where nothing was looked at, nothing can be chosen
+        if self._stopped:
+            self._kept_step = self._stopped["restored_step"]
+        elif self.select in self._best and seen:
+            self._kept_step = self._restore(self.select, module)
+        else:
+            self._kept_step = trainer.global_step
 
     def _note(self, name: str, score: float, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if name not in self._best or score > self._best[name][0]:
@@ -187,7 +208,7 @@ class Guard(pl.Callback):
         known = {(warning["signal"], warning["task"]) for warning in self._warnings}
         for alarm in alarms:
             entry = {"step": trainer.global_step, "task": alarm.task, "signal": alarm.signal, "value": alarm.value}
-            if len(self._warnings) < _MOST:
+            if len(self._warnings) < MOST:
                 self._warnings.append(entry)
             if (alarm.signal, alarm.task) not in known and trainer.is_global_zero:
                 _log.warning("step %d: %s", trainer.global_step, alarm)
@@ -239,7 +260,8 @@ def _check_oracle(trainer: pl.Trainer) -> None:
     protocol = getattr(trainer.datamodule, "protocol", None)
     if getattr(protocol, "one_pass", False):
         raise InputError("select='oracle' cannot choose a step of a single pass: each image's first prediction counts")
-    within = trainer.max_steps < 0 or trainer.val_check_batch <= trainer.max_steps * trainer.accumulate_grad_batches
+    every = trainer.val_check_batch  # None: by time
+    within = every is None or not 0 <= trainer.max_steps * trainer.accumulate_grad_batches < every
     if not trainer.enable_validation or not within:
         raise InputError(
             "select='oracle' keeps the step of the best validation, but this run has none; set "

@@ -45,16 +45,18 @@ class Ledger(pl.Callback):
         self._rows: dict[str, Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Size the rows; find the folder on all ranks, because Lightning broadcasts it."""
+        """Size the rows, and form the group that processes' parts are gathered over; find the folder on all ranks,
+        because Lightning broadcasts it.
+        """
         if stage == "fit":
+            self._ranks.connect(trainer)  # here, for a run that takes no step is scored as well
             self._path = Path(self.folder or trainer.log_dir or trainer.default_root_dir) / FILE
             images = getattr(trainer.datamodule, "images", {})
             # [4, N]: adapted, scored, first, final; a larger value is always the newer knowledge of several processes.
             self._rows = {task: _empty(len(source)) for task, source in images.items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """To the device, and form the group that the processes' parts are gathered over."""
-        self._ranks.connect(trainer)
+        """To the device."""
         self._rows = {task: rows.to(pl_module.device) for task, rows in self._rows.items()}
 
     def on_train_batch_end(

@@ -41,8 +41,9 @@ class Watch:
         stream, world = trainer.datamodule, trainer.world_size
         if not hasattr(stream, "watched"):
             return {}, {}
-        index = {task: stream.watched(task, self.images, trainer.global_step) for task in module.tasks}
-        if min(map(len, index.values())) < world:
+        found = {task: stream.watched(task, self.images, trainer.global_step) for task in module.tasks}
+        index = {task: places for task, places in found.items() if len(places)}
+        if not index:
             return {}, {}
         parts = {}
         for task, places in index.items():

@@ -38,7 +38,7 @@ class TaskStream(pl.LightningDataModule):
         protocol: which images are adapted on and which are scored; default `Transductive()`.
         corruption: what happens to all images, those adapted on and those scored; default: nothing.
         share: what a process takes of a step: its part of every task's batch (`"samples"`), or the whole batches
-            of every W-th task (`"tasks"`), for which it alone then needs expert and adapters.
+            of every W-th task (`"tasks"`), whose expert and adapters no other process then runs in a step.
         eval_batch_size: images per evaluation batch and process.
         seed: of the stream; every draw is a function of it, the task and the step.
         num_workers: loader processes; batches of images in memory gain nothing from them.

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.views import VIEWS
 
-__all__ = ["VIEWS", "read_record"]
-
-VIEWS = ("pretrained", "individual", "initial", "adapted")
+__all__ = ["read_record"]
 
 
 def read_record(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from adaptive_merge.callbacks.guard import MOST
 from adaptive_merge.report.runs import Run
 from adaptive_merge.report.style import printable
 from adaptive_merge.results import footing, uses_labels
@@ -30,7 +31,6 @@ _SIGNALS = {
     "norm": "features of another length than the expert's",
     "coefficients": "coefficients out of the usual range",
 }
-_RECORDED = 100  # the guard writes down no more warnings than this
 
 
 def protocol(run: Run) -> str:
@@ -103,8 +103,8 @@ def guard_warnings(run: Run) -> list[str]:
             for task, steps in tasks.items()
         ]
         found.append(f"The guard saw {_SIGNALS.get(signal, printable(signal, 40))}: {'; '.join(told)}.")
-    if len(warnings) >= _RECORDED:
-        found.append(f"Only the guard's first {_RECORDED} warnings were recorded; there may have been more.")
+    if len(warnings) >= MOST:
+        found.append(f"Only the guard's first {MOST} warnings were recorded; there may have been more.")
     return found
 
 

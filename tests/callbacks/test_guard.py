@@ -286,8 +286,7 @@ def test_an_oracle_without_validation_is_an_error_before_the_first_step(settings
     assert (module.coefficients.values == 0.3).all()
 
 
-@pytest.mark.parametrize("collapse", [False, True])
-@pytest.mark.parametrize("cut", [2, 6, 13, 17])
+@pytest.mark.parametrize(("cut", "collapse"), [*((c, b) for c in (2, 6, 13, 17) for b in (False, True)), (24, False)])
 def test_a_resumed_run_decides_as_the_uninterrupted_one(cut, collapse, toy, bank, heads, images, tmp_path):
     def make():
         return am.AdaMerging(bank, toy, heads, bounds="free", lr=1e-4)
@@ -301,7 +300,9 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(cut, collapse, toy, bank
 
     guard, module = Guard(3, 20, "js"), make()
     steer = {4: 0.35, 7: 0.2} | ({10: -9.0} if collapse else {})
-    whole = train(module, images, 24, [Steer(steer), Save(), guard])  # saved before the guard looks
+    # Saved before the guard looks; at the last step, after which there is no other look, after it, as in a run.
+    callbacks = [Steer(steer), guard, Save()] if cut == 24 else [Steer(steer), Save(), guard]
+    whole = train(module, images, 24, callbacks)
     other, resumed = Guard(3, 20, "js"), make()
     part = train(resumed, images, 24, [Steer(steer), other], tmp_path / "cut.ckpt")
     assert other.record() == guard.record() and guard.stopped is collapse
@@ -319,6 +320,30 @@ def test_a_stopped_run_stays_stopped(toy, bank, heads, images, tmp_path):
     first, second = run(), run(tmp_path / "end.ckpt")
     assert first[0] == second[0] and first[1] == second[1] == 9
     assert torch.equal(first[2], second[2]) and (second[2] == 0.3).all()
+
+
+def test_a_stopped_run_that_goes_on_all_the_same_is_not_called_stopped(toy, bank, heads, images, tmp_path):
+    module, steer = am.AdaMerging(bank, toy, heads, bounds="free", lr=1e-4), Steer({1: -9.0})
+    trainer = train(module, images, 40, [steer, Guard(3, 20)])
+    trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
+    guard = Guard(3, 20, on_collapse="warn")
+    trainer = train(module, images, 40, [steer, guard], tmp_path / "end.ckpt")
+    assert trainer.global_step == 40 and not guard.stopped and guard.record()["kept_step"] == 40
+    assert guard.record()["checks"] > 3
+
+
+@pytest.mark.parametrize("select", ["agreement", "js", "entropy"])
+def test_nothing_is_chosen_where_nothing_can_be_looked_at(select, toy, bank, heads, images):
+    module, batches = am.AdaMerging(bank, toy, heads), am.TaskStream(images, 8).train_dataloader()
+    trainer = pl.Trainer(max_steps=4, callbacks=[Guard(select=select)], **QUIET | NO_SCORING)
+    with pytest.raises(InputError, match="this one has none"):
+        trainer.fit(module, batches)
+    stream = am.TaskStream(images, 8)
+    stream.watched = lambda task, count, step: torch.arange(0)
+    guard, module = Guard(every=2, select=select), am.AdaMerging(bank, toy, heads)
+    train(module, stream, 4, [guard])
+    assert guard.record()["kept_step"] == 4 and guard.record()["checks"] == 0
+    assert not torch.equal(module.coefficients.values, module.views.initial)
 
 
 def test_one_pass_looks_only_at_what_was_predicted(toy, bank, heads, images):

@@ -124,9 +124,8 @@ def test_a_collapse_ends_with_code_4_after_the_results(work, capsys):
     code, results = fit(work, *wild)
     assert code == 4 and results["guard"]["stopped"]["step"] < 60
     assert "collapsed" in capsys.readouterr().err
-    kept = results["guard"]["stopped"]["restored_step"]
-    if kept == 0:
-        assert all(row["adapted"] == row["initial"] for row in results["tasks"].values())
+    assert results["guard"]["kept_step"] == results["guard"]["stopped"]["restored_step"] == 0
+    assert all(row["adapted"] == row["initial"] for row in results["tasks"].values())
 
 
 def test_an_unknown_unseen_task_is_one_message(work, capsys):

@@ -92,6 +92,7 @@ def run_all(rank, world, folder):
     found["nothing kept"] = skip(world, folder, [], objective=Picky())
     found["in a row"] = error_of(world, folder, NotFinite, [Spoil(world - 1, range(2, 99)), FaultGuard(patience=2)])
     found["accuracy"] = accuracy(world, folder)
+    found["no step"] = ledger_of_no_step(world, folder)
     if world > 1:
         found["planted"] = error_of(world, folder, RanksDisagree, [Nudge(), RankAgreement(every=5)])
     torch.save(found, folder / f"{rank}.pt")
@@ -140,6 +141,15 @@ def accuracy(world, folder):
     trainer = guarded(folder, world)
     trainer.validate(module, datamodule=am.TaskStream(images, eval_batch_size=100), verbose=False)
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.endswith("accuracy")}
+
+
+def ledger_of_no_step(world, folder):
+    bank, toy, heads, images = parts()
+    module, ledger, data = am.AdaMerging(bank, toy, heads), am.Ledger(str(folder)), am.TaskStream(images)
+    trainer = guarded(folder, world, [ledger], max_steps=0)
+    trainer.fit(module, datamodule=data)
+    trainer.validate(module, datamodule=data, verbose=False)
+    return ledger.read()
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +202,13 @@ def test_all_processes_together_keep_one_ledger(found, name, world):
     for result in found[world]:
         for task, rows in result[name]["rows"].items():
             assert all(torch.equal(row, alone[task][kind]) for kind, row in rows.items())
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_run_of_no_step_has_scored_all_images(found, world):
+    for result in found[world]:
+        for rows in result["no step"].values():
+            assert rows["scored"].all() and (rows["final"] >= 0).all() and not rows["adapted"].any()
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from processes import guarded, parts
+from processes import crowding, guarded, parts
 
 import adaptive_merge as am
 from adaptive_merge.checkpoints.io import AtomicCheckpointIO
@@ -95,7 +95,7 @@ def test_a_damaged_bank_is_not_read(tmp_path, times, record_property):
 
     figures = read_changed(path, path.read_bytes(), times, am.TaskVectors.load, same)
     record_property("refused, unharmed, longest s", str(figures))
-    assert figures[-1] <= SECONDS
+    assert figures[-1] <= SECONDS * crowding()
 
 
 def plain(value):
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_not_read(tmp_path, times, read, record_property
     written = plain(torch.load(path, weights_only=True))
     figures = read_changed(path, path.read_bytes(), times, read, lambda found: plain(found) == written)
     record_property("refused, unharmed, longest s", str(figures))
-    assert figures[-1] <= SECONDS
+    assert figures[-1] <= SECONDS * crowding()
 
 
 def test_torch_alone_would_read_a_changed_checkpoint(tmp_path):
