@@ -23,6 +23,7 @@ _HOMES = {
     "export": ["export_model", "load_adapters", "save_adapters"],
     "merge": ["MergedBackbone"],
     "module": ["AdaptiveMerge"],
+    "online": ["prequential"],
     "objectives": ["Entropy", "ExpertDivergence", "FeatureDistance", "Objective", "Prediction", "PseudoLabel"],
     "recipes": [
         *("AdaMerging", "AdaMergingPP", "Surgery", "SurgeryV2", "TaskArithmetic"),

@@ -19,7 +19,7 @@ from rich.console import Console
 from adaptive_merge import __version__, identity
 from adaptive_merge.allowlist import explain, restrict_imports
 from adaptive_merge.callbacks import Guard, Ledger, protect, watchers
-from adaptive_merge.callbacks.guard import Select
+from adaptive_merge.callbacks.guard import Select, check_oracle
 from adaptive_merge.callbacks.ranks import RunStopped
 from adaptive_merge.callbacks.safeguards import safeguards
 from adaptive_merge.checkpoints.coefficients import save_coefficients
@@ -150,7 +150,7 @@ class AdaptiveMergeCLI(LightningCLI):
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():
             settings.ckpt_path = str(last)
-        elif settings.ckpt_path is None and settings.run.if_exists == "refuse":
+        elif settings.run.if_exists == "refuse" and not _lies_in(settings.ckpt_path, self.folder):
             refuse_run(self.folder)
         self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
 
@@ -169,8 +169,8 @@ class AdaptiveMergeCLI(LightningCLI):
         last = ModelCheckpoint(
             self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
         )
-        # The guard first: what it restores is what the others compare and save.
-        ours = [*self._guard(trainer.callbacks), *safeguards(self.folder, trainer.callbacks), Ledger(str(self.folder))]
+        # Guard and ledger first: what the one restores and the other notes is what safeguards compare and save.
+        ours = [*self._guard(trainer.callbacks), Ledger(str(self.folder)), *safeguards(self.folder, trainer.callbacks)]
         trainer.callbacks.extend([*ours, last])
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
@@ -193,6 +193,9 @@ class AdaptiveMergeCLI(LightningCLI):
         if self.settings.ckpt_path:  # before the run's config.yaml is replaced by one that does not fit its checkpoint
             found = read_checkpoint(self.settings.ckpt_path)
             identity.check(found, self.model.method, identity.of_data(self.datamodule))
+        _ = self.datamodule.draws, self.datamodule.scored  # a protocol may not fit the data
+        if any(isinstance(one, Guard) and one.select == "oracle" for one in self.trainer.callbacks):
+            check_oracle(self.trainer, self.datamodule, endless=True)
         if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
             remove_run(self.folder)  # only now that nothing more can be wrong with the new one
         self.loaded = time.perf_counter()
@@ -260,6 +263,10 @@ def load_run(source: str) -> AdaptiveMerge:
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
     return module
+
+
+def _lies_in(path: str | None, folder: Path) -> bool:
+    return path is not None and folder.resolve() in Path(path).resolve().parents
 
 
 def _quiet() -> None:

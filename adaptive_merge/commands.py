@@ -35,7 +35,7 @@ def _merge(arguments: list[str]) -> None:
     metadata = {
         "recipe": module.recipe,
         "tasks": json.dumps(module.tasks),
-        "experts": json.dumps(module.experts.fingerprints),
+        "experts": json.dumps(module.merged_fingerprints),
     }
     tensors = module.merged_state_dict()
     save_tensors(options.output, tensors, metadata)

@@ -65,7 +65,9 @@ class StepLosses:
         return weight * _mean(losses.where(keep, 0.0)) / self.kept[task].clamp_min(1e-12)
 
     def gather(self, loss: Tensor, tasks: Sequence[str], processes: int) -> Tensor:
-        """The whole step's loss; where processes own tasks, entropies and kept shares of all tasks come in as well."""
+        """The loss for the log: this process's part of it. Where processes own tasks it is that of the whole step, and
+        the entropies and kept shares of all tasks come in.
+        """
         if not self.owns:
             return loss.detach()
         zero, middle = torch.zeros_like(loss), len(tasks)

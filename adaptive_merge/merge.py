@@ -161,6 +161,8 @@ class MergedBackbone(nn.Module):
             parameters: the weights to use; default: `merge()`.
             edits: module name → function that replaces the module's output.
         """
+        if not len(images):  # a process's empty share: towers infer sizes, which of nothing they cannot
+            return self.forward(images.new_zeros((1, *images.shape[1:])), parameters, edits)[:0]
         weights = dict(self.merge() if parameters is None else parameters) | self.constants
         with _hooked(self.skeleton, edits or {}):
             return torch.func.functional_call(

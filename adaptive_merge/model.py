@@ -77,6 +77,7 @@ class AdaptedModel(nn.Module):
                 weights = adapter.weights(task, weights)
             edits = self._edits(task, adapters, means) if blocks or not (self.shares_tower or not adapted) else {}
             features = self.backbone(images, weights, edits)
+            means = [mean[: len(images)] for mean in means]
         return self._classify(task, features, adapters, tuple(means))
 
     def _classify(

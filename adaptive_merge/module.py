@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adaptive_merge import identity, steps
 from adaptive_merge.adapters import Adapter
 from adaptive_merge.coefficients import Coefficients, Fixed
+from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.frozen import FrozenOutputs
 from adaptive_merge.losses import StepLosses
@@ -91,6 +92,8 @@ class AdaptiveMerge(pl.LightningModule):
         for task in (task for task in self.unseen if task not in task_vectors.tasks):
             raise InputError(f"there is no task {task!r} to leave out{did_you_mean(task, task_vectors.tasks)}")
         kept = [task for task in task_vectors.tasks if task not in self.unseen]
+        if not kept:
+            raise InputError("all tasks are left out; keep at least one to merge and to adapt on")
         merged = task_vectors.select(kept) if unseen else task_vectors
         for transform in transforms:
             merged = transform(merged)
@@ -115,6 +118,11 @@ class AdaptiveMerge(pl.LightningModule):
     def scored_tasks(self) -> tuple[str, ...]:
         """The merged tasks and the unseen ones, in the order of the experts."""
         return self.experts.tasks
+
+    @property
+    def merged_fingerprints(self) -> dict[str, str]:
+        """sha256 of the pre-trained weights and of the experts in the merge."""
+        return {name: self.experts.fingerprints[name] for name in ("pretrained", *self.tasks)}
 
     @property
     def coefficients(self) -> Coefficients:
@@ -173,11 +181,10 @@ class AdaptiveMerge(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Share the bank out, and make plain DDP fit: a step may use some tasks' adapters only."""
-        left_out = getattr(getattr(self.trainer.datamodule, "protocol", None), "unseen", ())
-        if set(left_out) != set(self.unseen):
-            raise InputError(
-                f"the protocol leaves out {list(left_out)}, the module {list(self.unseen)}; give both the same tasks"
-            )
+        stream = self.trainer.datamodule
+        if isinstance(stream, TaskStream) and set(stream.protocol.unseen) != set(self.unseen):
+            left_out = [list(stream.protocol.unseen), list(self.unseen)]
+            raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
         if stage == "fit":
             self._data = identity.of_data(self.trainer.datamodule)
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
@@ -185,6 +192,8 @@ class AdaptiveMerge(pl.LightningModule):
             # The strategy hands these on to torch's DDP, which is built after this hook.
             options = {"find_unused_parameters": bool(self.model.adapters), "gradient_as_bucket_view": True}
             self.trainer.strategy._ddp_kwargs = options | self.trainer.strategy._ddp_kwargs
+            if self.trainer.max_steps == 0:  # only scored; DDP refuses a module of which nothing learns
+                self.trainer.strategy.configure_ddp = lambda: None
 
     def teardown(self, stage: str) -> None:
         """From here on one process may merge without the others."""
@@ -212,9 +221,10 @@ class AdaptiveMerge(pl.LightningModule):
         # The same tasks on every rank, also on one whose share of a task was empty: `compute` is collective.
         named = dict(zip(self.scored_tasks, self.scores))
         shown = [task for task in named if self._source(task) is not None] or list(named)
-        found = {f"{task}/{name}": value for task in shown for name, value in named[task].compute().items()}
+        counted = {task: values for task in shown if not (values := named[task].compute())["accuracy"].isnan()}
+        found = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
         for name, tasks in {"accuracy": self.tasks, "accuracy_unseen": self.unseen}.items():
-            values = [found[f"{task}/accuracy"] for task in tasks if task in shown]
+            values = [found[f"{task}/accuracy"] for task in tasks if task in counted]
             found |= {name: torch.stack(values).mean()} if values else {}
         for key, value in found.items():
             # Loggers get the accuracies alone; the rest is for `results.json`.
@@ -310,7 +320,8 @@ class AdaptiveMerge(pl.LightningModule):
 
     def _owns_tasks(self) -> bool:
         """Whether each process takes whole tasks."""
-        return self._processes > 1 and getattr(self._trainer.datamodule, "share", "samples") == "tasks"
+        stream = self._trainer.datamodule if self._trainer else None
+        return self._processes > 1 and isinstance(stream, TaskStream) and stream.share == "tasks"
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         many = self._processes > 1
@@ -318,7 +329,8 @@ class AdaptiveMerge(pl.LightningModule):
 
     def _source(self, task: str) -> Any:
         """The images that a batch's indices point into; None in a loop without a TaskStream."""
-        return getattr(getattr(self._trainer, "datamodule", None), "images", {}).get(task)
+        stream = getattr(self._trainer, "datamodule", None)
+        return stream.images.get(task) if isinstance(stream, TaskStream) else None
 
 
 class _CloseBank(pl.Callback):

@@ -32,7 +32,8 @@ def evaluate(
     """View → task → what `TaskScore` counts on the labelled images, for all four views of a module.
 
     `"pretrained"` is θ₀, `"individual"` each expert on its own task, `"initial"` the merge before adaptation,
-    `"adapted"` the module as it is now.
+    `"adapted"` the module as it is now: after a single pass that is the final model, and `prequential` scores what it
+    said on the way. Nothing is known of a task that the data do not hold.
     """
     found = {}
     for view in VIEWS:
@@ -55,7 +56,9 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """View → task → top-1 accuracy in [0, 1] on the labelled images, for all four views; see `evaluate`."""
     found = evaluate(trainer, module, datamodule)
-    return {view: {task: values["accuracy"] for task, values in tasks.items()} for view, tasks in found.items()}
+    return {
+        view: {task: values["accuracy"] for task, values in tasks.items() if values} for view, tasks in found.items()
+    }
 
 
 def summary(

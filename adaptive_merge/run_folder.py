@@ -49,8 +49,8 @@ def _scrubbed(value: Any, name: str = "") -> Any:
 
 @rank_zero_only
 def refuse_run(folder: Path) -> None:
-    """InputError where the folder holds a run."""
-    if any((folder / name).exists() for name in RUN_FILES):
+    """InputError where the folder holds a run; the configuration alone, of one that never began, is none."""
+    if any((folder / name).exists() for name in RUN_FILES if name != "config.yaml"):
         raise InputError(
             f"{folder} already holds a run; choose another --run.name, or --run.if_exists resume or overwrite"
         )

@@ -38,11 +38,12 @@ class TaskScore(Metric):
         confidence, predicted = ours.logits.float().softmax(-1).max(-1)
         place = (confidence * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence])
-        self.bins.index_add_(1, place, rows)
+        # Not in place: `reset` may have made the sums in inference mode.
+        self.bins = self.bins.index_add(1, place, rows)
         if expert is not None:
             agreed = (predicted == expert.logits.argmax(-1)).float().mean()
             found = [agreed, jensen_shannon(ours.logits, expert.logits).mean(), normalised_entropy(ours.logits)]
-            self.compared += len(labels) * torch.stack([torch.ones_like(agreed), *found])
+            self.compared = self.compared + len(labels) * torch.stack([torch.ones_like(agreed), *found])
 
     def compute(self) -> dict[str, Tensor]:
         """Name → value."""

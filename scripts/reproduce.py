@@ -109,8 +109,9 @@ def row(protocol: str, method: str) -> str | None:
     )
     seconds = statistics.median(result["seconds"]["adapt"] for result in results)
     steps, published = results[0]["steps"], PUBLISHED[method]
+    stopped = sum(bool(result["guard"].get("stopped")) for result in results)
     cells = [
-        f"[`{method}`](../configs/embedded/{method}.yaml)",
+        f"[`{method}`](../configs/embedded/{method}.yaml)" + (f" ({stopped} stopped by the guard)" if stopped else ""),
         spread(averages),
         f"{recovered(protocol, results):.0f} %",
         f"{worst:+.1f}",
@@ -133,8 +134,9 @@ def spread(values: list[float]) -> str:
 
 
 def ece(result: dict, view: str) -> float:
-    """Mean expected calibration error over the tasks, in percentage points."""
-    return 100 * statistics.mean(result["calibration"][view].values())
+    """Mean expected calibration error over the merged tasks, in percentage points."""
+    left_out = result.get("unseen", {}).get("tasks", [])
+    return 100 * statistics.mean(value for task, value in result["calibration"][view].items() if task not in left_out)
 
 
 def recovered(protocol: str, results: list[dict]) -> float:

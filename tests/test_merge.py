@@ -121,3 +121,15 @@ def test_tied_weights_stay_tied():
     merged = am.MergedBackbone(tied, bank, am.Fixed(1.0))
     weight = state["first.weight"] + 1
     torch.testing.assert_close(merged(x), x @ weight.T @ weight.T)
+
+
+def test_an_empty_batch_has_features_and_a_gradient_on_a_real_tower():
+    suite = am.load_suite("embedded", tasks=["digits", "thai"])
+    backbone = am.MergedBackbone(suite.backbone, suite.task_vectors, am.LayerWise())
+    features = backbone(suite.images["digits"].take(torch.arange(0)))
+    assert features.shape == (0, 128)
+    features.sum().backward()
+    assert (backbone.coefficients.values.grad == 0).all()
+    edits = am.SurgeryV2(suite.task_vectors, suite.backbone, suite.heads)
+    said = edits.model("digits", suite.images["digits"].take(torch.arange(0)), blocks=True)
+    assert said.logits.shape[0] == 0 and {len(mean) for mean in said.blocks} == {0}

@@ -39,6 +39,40 @@ def test_trajectory_equals_the_published_loop(toy, bank, heads, images, name, ac
     torch.testing.assert_close(learned, expected, rtol=1e-5, atol=1e-6)
 
 
+SILENT = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+
+
+def test_a_module_that_was_scored_can_be_fitted(toy, bank, heads, images):
+    module, stream = am.AdaMerging(bank, toy, heads), am.TaskStream(images, 8)
+    am.score(pl.Trainer(**SILENT), module, stream)
+    trainer = pl.Trainer(max_steps=2, **SILENT)
+    trainer.fit(module, datamodule=stream)
+    assert trainer.global_step == 2
+
+
+def test_tasks_without_images_are_left_out_of_the_scores(toy, bank, heads, images):
+    module = am.AdaMerging(bank, toy, heads)
+    scores = am.score(pl.Trainer(**SILENT), module, am.TaskStream({"green": images["green"]}))
+    assert list(scores["adapted"]) == ["green"]
+    trainer = pl.Trainer(**SILENT)
+    trainer.validate(module, am.TaskStream(images).val_dataloader()[:1], verbose=False)
+    shown = {key for key in trainer.callback_metrics if key.endswith("accuracy")}
+    assert shown == {"adapted/red/accuracy", "adapted/accuracy"}
+
+
+def test_unseen_tasks_and_loaders_of_ones_own(toy, bank, heads, images):
+    module, stream = (
+        am.AdaMerging(bank, toy, heads, unseen=["green"]),
+        am.TaskStream(images, protocol=am.Unseen(["green"])),
+    )
+    pl.Trainer(max_steps=2, **SILENT).fit(module, stream.train_dataloader())
+    assert set(module.merged_fingerprints) == {"pretrained", "red", "blue"}
+    with pytest.raises(am.InputError, match="all tasks are left out"):
+        am.AdaMerging(bank, toy, heads, unseen=bank.tasks)
+    with pytest.raises(am.InputError, match="no task 'gren' to leave out"):
+        am.AdaMerging(bank, toy, heads, unseen=["gren"])
+
+
 def test_an_objective_keeps_nothing_of_a_run(toy, bank, heads, images):
     objective = am.Entropy(diversity=0.1)
     fit(am.AdaMerging(bank, toy, heads, objective=objective), images)

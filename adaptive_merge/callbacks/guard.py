@@ -16,7 +16,7 @@ from adaptive_merge.callbacks.watch import Watch
 from adaptive_merge.errors import InputError
 from adaptive_merge.scoring import CRITERIA
 
-__all__ = ["Guard", "Select"]
+__all__ = ["MOST", "Guard", "Select", "check_oracle"]
 
 Select = Literal["last", "agreement", "js", "entropy", "oracle"]
 
@@ -88,7 +88,7 @@ class Guard(pl.Callback):
         self._watch = Watch(pl_module, self._ranks, self.images)
         self._interval = self._wanted_interval(trainer, pl_module)
         if self.select == "oracle":
-            _check_oracle(trainer)
+            check_oracle(trainer, trainer.datamodule)
         if not hasattr(trainer.datamodule, "watched"):
             self._cannot_look(trainer)
         if trainer.global_step == 0 or not self._best:
@@ -255,14 +255,22 @@ def _metrics(now: dict[str, Signals]) -> dict[str, float]:
     return single | {f"train/{name}": value for name, value in means.items()}
 
 
-def _check_oracle(trainer: pl.Trainer) -> None:
-    """InputError where no validation with labels comes within the run."""
-    protocol = getattr(trainer.datamodule, "protocol", None)
-    if getattr(protocol, "one_pass", False):
+def check_oracle(trainer: pl.Trainer, datamodule: Any, endless: bool = False) -> None:
+    """InputError where `select="oracle"` would find no validation with labels within the run.
+
+    Args:
+        trainer: about to fit.
+        datamodule: the data of the run, or None.
+        endless: whether it is asked before the loaders are there, and they have no end.
+    """
+    if getattr(getattr(datamodule, "protocol", None), "one_pass", False):
         raise InputError("select='oracle' cannot choose a step of a single pass: each image's first prediction counts")
-    every = trainer.val_check_batch  # None: by time
-    within = every is None or not 0 <= trainer.max_steps * trainer.accumulate_grad_batches < every
-    if not trainer.enable_validation or not within:
+    every = trainer.val_check_interval if endless else trainer.val_check_batch
+    every = math.inf if endless and isinstance(every, float) else every  # a share of a pass without end
+    # Neither None nor a time says a number of steps.
+    counted = isinstance(every, int | float)
+    within = not counted or not 0 <= trainer.max_steps * trainer.accumulate_grad_batches < every
+    if not within or not (endless or trainer.enable_validation):
         raise InputError(
             "select='oracle' keeps the step of the best validation, but this run has none; set "
             "--trainer.val_check_interval to some steps of its max_steps"

@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from adaptive_merge.callbacks.ranks import Ranks
+from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.files import save_tensors
 
 __all__ = ["FILE", "Ledger"]
@@ -32,7 +33,7 @@ class Ledger(pl.Callback):
       there was none; kept where the protocol is a single pass;
     - `final.<i>` int32 [N]: the class that the adapted model predicts, −1 where it was not scored.
 
-    It needs a datamodule with `images`, and keeps nothing without. The rows stay on the device until they are asked
+    It needs a `TaskStream`, and keeps nothing without. The rows stay on the device until they are asked
     for, so no step waits for it, and they travel with checkpoints.
 
     Args:
@@ -51,7 +52,7 @@ class Ledger(pl.Callback):
         if stage == "fit":
             self._ranks.connect(trainer)  # here, for a run that takes no step is scored as well
             self._path = Path(self.folder or trainer.log_dir or trainer.default_root_dir) / FILE
-            images = getattr(trainer.datamodule, "images", {})
+            images = trainer.datamodule.images if isinstance(trainer.datamodule, TaskStream) else {}
             # [4, N]: adapted, scored, first, final; a larger value is always the newer knowledge of several processes.
             self._rows = {task: _empty(len(source)) for task, source in images.items()}
 
@@ -141,7 +142,7 @@ def _empty(images: int) -> Tensor:
 
 
 def _single_pass(trainer: pl.Trainer) -> bool:
-    return getattr(getattr(trainer.datamodule, "protocol", None), "one_pass", False)
+    return isinstance(trainer.datamodule, TaskStream) and trainer.datamodule.protocol.one_pass
 
 
 def _packed(flags: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class TaskStream(pl.LightningDataModule):
 
 
 class _Steps(Dataset):
-    """Step → this process's batches; holds no labels."""
+    """Step → this process's batches; labels are never read."""
 
     def __init__(
         self, draws: Draws, take: Mapping[str, Callable[[Tensor], Tensor]], rank: int, world: int, owns: bool

@@ -76,7 +76,7 @@ def _manifest(module: AdaptiveMerge) -> dict[str, Any]:
         "bounds": module.coefficients.bounds,
         "groups": list(module.coefficients.groups),
         "adapters": [_describe(adapter) for adapter in module.model.adapters],
-        "experts": dict(module.experts.fingerprints),
+        "experts": module.merged_fingerprints,
         "task vectors": module.model.backbone.task_vectors.fingerprint,
         "heads": {task: _digest(head) for task, head in module.model.heads.items()},
     }

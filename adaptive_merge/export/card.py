@@ -13,6 +13,7 @@ from adaptive_merge.checkpoints.manifest import sha256_of_files
 from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
 from adaptive_merge.export.tower import image_size
 from adaptive_merge.files import replacing
+from adaptive_merge.results import footing, uses_labels
 from adaptive_merge.views import VIEWS
 
 __all__ = ["write_card"]
@@ -51,6 +52,7 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
         library=_LIBRARY[format],
         title=f"{_plain(module.recipe)}: {len(module.tasks)} experts in one model",
         summary=f"A merge of {len(module.tasks)} fine-tuned image encoders, adapted on unlabelled test images.",
+        protocol=_protocol(results),
         recipe=_plain(module.recipe),
         coefficients=f"{module.coefficients.granularity}-wise, {module.coefficients.values.numel()} numbers",
         adapters=", ".join(kinds) or "none",
@@ -66,7 +68,7 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
         mean=list(getattr(backbone.skeleton, "image_mean", None) or OPENAI_MEAN),
         std=list(getattr(backbone.skeleton, "image_std", None) or OPENAI_STD),
         logits=_IN_GRAPH if format == "onnx" and job.task is not None else _LOGITS,
-        experts=_experts(module.experts.fingerprints),
+        experts=_experts(module.merged_fingerprints),
         version=__version__,
         command=command,
     )
@@ -78,9 +80,26 @@ def _tasks(tasks: tuple[str, ...], results: Mapping[str, Any] | None) -> str:
     if results is None:
         return "\n".join(f"- {_plain(task)}" for task in tasks)
     rows = ["| task | images | pre-trained | individual | merged | adapted |", "|---|---:|---:|---:|---:|---:|"]
+    unseen = results.get("unseen", {"tasks": []})
     for task, row in results["tasks"].items():
-        rows.append(f"| {_plain(task)} | {row['n']:,} | {_percent(row)} |")
-    return "\n".join([*rows, f"| **average** | | {_percent(results['average'])} |"])
+        name = f"{_plain(task)} (not merged)" if task in unseen["tasks"] else _plain(task)
+        # Of a single pass the exported weights are those at its end.
+        final = {"adapted": results["online"]["final"][task]} if "online" in results else {}
+        rows.append(f"| {name} | {row['n']:,} | {_percent(row | final)} |")
+    average = results["average"]
+    if "online" in results:
+        average = average | {"adapted": sum(results["online"]["final"][task] for task in tasks) / len(tasks)}
+    return "\n".join([*rows, f"| **average of the merged tasks** | | {_percent(average)} |"])
+
+
+def _protocol(results: Mapping[str, Any] | None) -> str:
+    if results is None or "protocol" not in results:
+        return ""
+    name = results["protocol"]["name"]
+    told = footing(results).removesuffix(", each predicted before it was used")
+    passed = " The accuracies are those of the model at the end of the pass." if name == "online" else ""
+    chosen = " ORACLE: labels chose the step that was kept." if uses_labels(results) else ""
+    return f"{told[0].upper()}{told[1:]}.{passed}{chosen}"
 
 
 def _percent(row: Mapping[str, float]) -> str:

@@ -25,6 +25,19 @@ def work(tmp_path, monkeypatch, suite_folder):
     return tmp_path
 
 
+STOPPING = """
+import signal
+
+import pytorch_lightning as pl
+
+
+class Stop(pl.Callback):
+    def on_before_backward(self, trainer, *_):
+        if trainer.global_step == 5:
+            signal.raise_signal(signal.SIGTERM)
+"""
+
+
 def fit(work, *options):
     code = main(["fit", "--config", "quick.yaml", "--run.if_exists", "overwrite", *options])
     return code, json.loads((work / "runs" / "quick" / "results.json").read_text())
@@ -63,22 +76,14 @@ def test_online_resumed_equals_the_uninterrupted_pass(work):
     _, whole = fit(work, *options)
     rows = load_file(work / "runs" / "quick" / "images.safetensors")
     part = [*options, "--run.name", "part"]
-    assert main(["fit", "--config", "quick.yaml", *part, "--trainer.callbacks", '[{"class_path": "Stop"}]']) == 2
-    stop = work / "stopping.py"
-    stop.write_text(
-        "import pytorch_lightning as pl\n\n\n"
-        "class Stop(pl.Callback):\n"
-        "    def on_train_batch_end(self, trainer, *_):\n"
-        "        trainer.should_stop |= trainer.global_step == 5\n"
-    )
+    (work / "stopping.py").write_text(STOPPING)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(work))
         callbacks = ["--trainer.callbacks", '[{"class_path": "stopping.Stop"}]', "--allow-import", "stopping"]
-        assert main(["fit", "--config", "quick.yaml", *part, *callbacks]) == 0
+        with pytest.raises(SystemExit) as end:
+            main(["fit", "--config", "quick.yaml", *part, *callbacks])
     folder = work / "runs" / "part"
-    assert json.loads((folder / "results.json").read_text())["steps"] == 5
-    cut = load_file(folder / "images.safetensors")
-    assert (cut["first.0"] >= 0).sum() == 10 and cut["adapted.0"].sum() == 10
+    assert end.value.code == 143 and not (folder / "results.json").exists()
     assert main(["fit", "--config", "quick.yaml", *part, "--run.if_exists", "resume"]) == 0
     assert json.loads((folder / "results.json").read_text())["tasks"] == whole["tasks"]
     resumed = load_file(folder / "images.safetensors")
@@ -109,6 +114,22 @@ def test_an_oracle_is_marked(work, capsys):
     code, results = fit(work, *options)
     assert code == 0 and results["guard"]["select"] == "oracle"
     assert "ORACLE: labels chose the step" in capsys.readouterr().out
+
+
+def test_a_mistake_costs_no_finished_run(work, capsys):
+    fit(work)
+    before = (work / "runs" / "quick" / "results.json").read_bytes()
+    again = ["fit", "--config", "quick.yaml", "--run.if_exists", "overwrite"]
+    assert main([*again, "--run.select", "oracle"]) == 2
+    assert "--trainer.val_check_interval" in capsys.readouterr().err
+    online = ["--data.protocol", "Online", "--run.select", "oracle", "--trainer.val_check_interval", "1"]
+    assert main([*again, *online]) == 2
+    assert main(["fit", "--config", "quick.yaml", "--run.name", "new", "--run.select", "oracle"]) == 2
+    assert main(["fit", "--config", "quick.yaml", "--run.name", "new"]) == 0
+    checkpoint = ["--ckpt_path", "runs/new/checkpoints/last.ckpt"]
+    assert main(["fit", "--config", "quick.yaml", *checkpoint]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (work / "runs" / "quick" / "results.json").read_bytes() == before
 
 
 def test_selection_needs_the_guard(work, capsys):

@@ -145,7 +145,7 @@ def accuracy(world, folder):
 
 def ledger_of_no_step(world, folder):
     bank, toy, heads, images = parts()
-    module, ledger, data = am.AdaMerging(bank, toy, heads), am.Ledger(str(folder)), am.TaskStream(images)
+    module, ledger, data = am.TaskArithmetic(bank, toy, heads), am.Ledger(str(folder)), am.TaskStream(images)
     trainer = guarded(folder, world, [ledger], max_steps=0)
     trainer.fit(module, datamodule=data)
     trainer.validate(module, datamodule=data, verbose=False)
