@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from adaptive_merge import identity, steps
@@ -21,10 +20,10 @@ from adaptive_merge.losses import StepLosses
 from adaptive_merge.merge import MergedBackbone
 from adaptive_merge.model import AdaptedModel
 from adaptive_merge.objectives import Entropy, Objective, Prediction
-from adaptive_merge.patience import bound_waiting
 from adaptive_merge.placement import BankKind
 from adaptive_merge.scoring import TaskScore
 from adaptive_merge.stages import Stage, at_step
+from adaptive_merge.strategy import bound_waiting, suit_ddp
 from adaptive_merge.task_vectors import TaskVectors
 from adaptive_merge.transforms import Transform
 from adaptive_merge.views import FrozenViews, View
@@ -180,7 +179,7 @@ class AdaptiveMerge(pl.LightningModule):
         return [_CloseBank()]
 
     def setup(self, stage: str) -> None:
-        """Share the bank out, and make plain DDP fit: a step may use some tasks' adapters only."""
+        """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
         stream = self.trainer.datamodule
         if isinstance(stream, TaskStream) and set(stream.protocol.unseen) != set(self.unseen):
             left_out = [list(stream.protocol.unseen), list(self.unseen)]
@@ -188,12 +187,7 @@ class AdaptiveMerge(pl.LightningModule):
         if stage == "fit":
             self._data = identity.of_data(self.trainer.datamodule)
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
-        if isinstance(self.trainer.strategy, DDPStrategy):
-            # The strategy hands these on to torch's DDP, which is built after this hook.
-            options = {"find_unused_parameters": bool(self.model.adapters), "gradient_as_bucket_view": True}
-            self.trainer.strategy._ddp_kwargs = options | self.trainer.strategy._ddp_kwargs
-            if self.trainer.max_steps == 0:  # only scored; DDP refuses a module of which nothing learns
-                self.trainer.strategy.configure_ddp = lambda: None
+        suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
     def teardown(self, stage: str) -> None:
         """From here on one process may merge without the others."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adaptive_merge.errors import AdaptiveMergeError
-from adaptive_merge.patience import PATIENCE
+from adaptive_merge.strategy import PATIENCE
 
 __all__ = ["Ranks", "RunStopped"]
 

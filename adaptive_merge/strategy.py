@@ -1,0 +1,38 @@
+"""What Lightning's strategies have to know of a run: how long processes wait, and what DDP may expect of a step."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+import pytorch_lightning as pl
+from lightning_fabric.plugins.collectives.torch_collective import default_pg_timeout
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+
+__all__ = ["PATIENCE", "bound_waiting", "suit_ddp"]
+
+PATIENCE: Final = timedelta(minutes=5)
+
+
+def bound_waiting(strategy: Strategy) -> None:
+    """Wait 5 minutes for a process that hangs or is slow to start, not Lightning's 30, unless a timeout was given.
+
+    Call before the strategy forms the processes' group. A timeout that the user gave is kept, 30 minutes too.
+    """
+    # The very object, not an equal one: it is the default of the strategies' argument.
+    if getattr(strategy, "_timeout", None) is default_pg_timeout:
+        strategy._timeout = PATIENCE
+
+
+def suit_ddp(trainer: pl.Trainer, partly_used: bool) -> None:
+    """Make plain DDP fit; call in `setup`, before the strategy builds torch's DDP from its options.
+
+    Args:
+        trainer: about to fit.
+        partly_used: whether a step may use some of the parameters only.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        options = {"find_unused_parameters": partly_used, "gradient_as_bucket_view": True}
+        trainer.strategy._ddp_kwargs = options | trainer.strategy._ddp_kwargs
+        if trainer.max_steps == 0:  # only scored; DDP refuses a module of which nothing learns
+            trainer.strategy.configure_ddp = lambda: None
