@@ -162,5 +162,5 @@ def test_a_checkpoint_holds_kilobytes_of_plain_values_only(whole):
     content = torch.load(path, weights_only=True)
     assert path.stat().st_size < 60_000
     assert set(content["state_dict"]) == set(module().state_dict())
-    assert content["adaptive_merge"]["tasks"] == ["red", "green", "blue"]
+    assert content["adaptive_merge"]["method"]["tasks"] == ["red", "green", "blue"]
     assert content["rng"].dtype == torch.uint8 and content["rng"].shape[0] == 1
