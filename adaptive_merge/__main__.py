@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     if debug:
         arguments.remove("--debug")
     # Only now: torch and Lightning take seconds to import.
-    from adaptive_merge.cli import run
+    from adaptive_merge.cli.fit import run
 
     try:
         run(arguments)

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from adaptive_merge.adapters import BlockSurgery, FeatureSurgery, Tint
-from adaptive_merge.coefficients import BlockWise, Bounds, Coefficients, Fixed, LayerWise, TaskWise
+from adaptive_merge.coefficients.linear import BlockWise, Bounds, Coefficients, Fixed, LayerWise, TaskWise
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
-from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives import Distance, FeatureDistance, PseudoLabel
-from adaptive_merge.task_vectors import TaskVectors
 from adaptive_merge.transforms import Ties
 
 __all__ = [

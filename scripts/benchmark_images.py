@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
-from adaptive_merge.data.image_cache import cached_images, resized
+from adaptive_merge.data.cache import cached_images, resized
 from adaptive_merge.data.images import Images
 from adaptive_merge.data.sources import FileSource, folder_source
 

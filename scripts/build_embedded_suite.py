@@ -25,7 +25,7 @@ from embedded_sources import SIZE, TASKS, build_task, fetch_packages
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adaptive_merge.models.embedded import EMBEDDED_FEATURES, build_encoder
+from adaptive_merge.suites.embedded_tower import EMBEDDED_FEATURES, build_encoder
 
 log = logging.getLogger("build_embedded_suite")
 LOG_FORMAT = "%(asctime)s %(message)s"
@@ -306,7 +306,7 @@ def report(output: Path, tasks: dict[str, Arrays], split: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = Path(__file__).resolve().parent.parent
-    parser.add_argument("--output", type=Path, default=here / "adaptive_merge/data/embedded")
+    parser.add_argument("--output", type=Path, default=here / "adaptive_merge/suites/embedded")
     parser.add_argument("--work", type=Path, required=True, help="downloads and stage results")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

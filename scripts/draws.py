@@ -25,11 +25,11 @@ import pytorch_lightning as pl
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
-from adaptive_merge.cli import AdaptiveMergeCLI
+from adaptive_merge.cli.fit import AdaptiveMergeCLI
 from adaptive_merge.data import TaskStream
+from adaptive_merge.engine.frozen import FrozenOutputs
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.files import save_json
-from adaptive_merge.frozen import FrozenOutputs
-from adaptive_merge.module import AdaptiveMerge
 from adaptive_merge.objectives import jensen_shannon
 
 ROOT = Path(__file__).resolve().parent.parent

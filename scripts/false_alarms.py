@@ -25,9 +25,9 @@ import yaml
 
 import adaptive_merge as am
 from adaptive_merge import adapters, coefficients, objectives, transforms
-from adaptive_merge.callbacks.guard import LOOKS_IN_A_ROW, Guard
-from adaptive_merge.callbacks.signals import Signals
-from adaptive_merge.frozen import FrozenOutputs
+from adaptive_merge.callbacks.guard.collapse import Signals
+from adaptive_merge.callbacks.guard.guard import LOOKS_IN_A_ROW, Guard
+from adaptive_merge.engine.frozen import FrozenOutputs
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "embedded"

@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adaptive_merge.data.clip_tasks import TEST_SIZES, layout_of
-from adaptive_merge.models.class_names import clip_task_names
+from adaptive_merge.suites.class_names import clip_task_names
+from adaptive_merge.suites.clip_tasks import TEST_SIZES, layout_of
 
 ROOT = Path(__file__).resolve().parent.parent / "configs" / "clip"
 SUITES = {"8tasks": 8, "14tasks": 14, "20tasks": 20}
@@ -220,7 +220,7 @@ adaptive-merge export runs/vit_b_32-8tasks-adamerging --format open_clip --outpu
 places or formats: every path may be a state dict, a whole pickled model (read without running it), a Hugging Face or
 open_clip folder, or `hf-hub:<org>/<name>`. Paths are relative to the folder of `suite.json`. Without `heads`, zero-shot
 heads are made from the text tower of `text` (a full CLIP). Any folder of class folders is a task: name it under
-`tasks` and give its place under `folders`. All keys are described in `adaptive_merge/data/clip_suite.py`.
+`tasks` and give its place under `folders`. All keys are described in `adaptive_merge/suites/clip_suite.py`.
 
 Nothing is downloaded. Each data set is the test split that the field scores:
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptive_merge.checkpoints.coefficients import load_coefficients
+from adaptive_merge.coefficients.files import load_coefficients
 from adaptive_merge.report.coefficient_figures import coefficient_heatmap
 from adaptive_merge.report.figures import accuracy_bars
 

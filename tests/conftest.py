@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import adaptive_merge as am
-from adaptive_merge.models.embedded import build_encoder
+from adaptive_merge.suites.embedded_tower import build_encoder
 
 torch.set_num_threads(1)
 TASKS = {"red": 3, "green": 5, "blue": 2}

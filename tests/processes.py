@@ -18,8 +18,8 @@ from conftest import TASKS, Toy, perturbed
 from pytorch_lightning.strategies import DDPStrategy
 
 import adaptive_merge as am
-from adaptive_merge.callbacks.safeguards import safeguards
-from adaptive_merge.checkpoints.io import AtomicCheckpointIO
+from adaptive_merge.callbacks.safe.safeguards import safeguards
+from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO
 
 QUIET = {
     "logger": False,

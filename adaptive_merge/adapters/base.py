@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.merge import MergedBackbone
+from adaptive_merge.merge.backbone import MergedBackbone
 
 __all__ = ["Adapter"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.errors import InputError
-from adaptive_merge.merge import MergedBackbone
+from adaptive_merge.merge.backbone import MergedBackbone
 
 __all__ = ["BlockSurgery", "FeatureSurgery", "surgery"]
 

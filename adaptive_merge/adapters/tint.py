@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptive_merge.adapters.base import Adapter, stacked
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.merge import MergedBackbone
+from adaptive_merge.merge.backbone import MergedBackbone
 
 __all__ = ["Tint"]
 

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ProgressBar
 
-from adaptive_merge.callbacks.dashboard import Dashboard
-from adaptive_merge.callbacks.diagnostics import Diagnostics
-from adaptive_merge.callbacks.guard import Guard
-from adaptive_merge.callbacks.history import History
-from adaptive_merge.callbacks.ledger import Ledger
-from adaptive_merge.callbacks.progress import Progress
-from adaptive_merge.callbacks.sturdy import Sturdy
-from adaptive_merge.callbacks.wandb_runs import protect
+from adaptive_merge.callbacks.guard.guard import Guard
+from adaptive_merge.callbacks.record.diagnostics import Diagnostics
+from adaptive_merge.callbacks.record.history import History
+from adaptive_merge.callbacks.record.ledger import Ledger
+from adaptive_merge.callbacks.show.dashboard import Dashboard
+from adaptive_merge.callbacks.show.progress import Progress
+from adaptive_merge.callbacks.show.sturdy import Sturdy
+from adaptive_merge.callbacks.show.wandb_runs import protect
 
 __all__ = ["Dashboard", "Diagnostics", "Guard", "History", "Ledger", "Progress", "Sturdy", "protect", "watchers"]
 

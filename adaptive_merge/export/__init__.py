@@ -1,6 +1,6 @@
 """An adapted model leaves the run: as open_clip, Hugging Face, ONNX or safetensors, or as its adapters alone."""
 
 from adaptive_merge.export.adapter_file import load_adapters, save_adapters
-from adaptive_merge.export.command import export_command, export_model
+from adaptive_merge.export.model import export_model
 
-__all__ = ["export_command", "export_model", "load_adapters", "save_adapters"]
+__all__ = ["export_model", "load_adapters", "save_adapters"]

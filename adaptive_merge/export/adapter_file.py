@@ -10,10 +10,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from adaptive_merge.checkpoints.reader import check_finite
-from adaptive_merge.checkpoints.sealed import load_sealed, save_sealed
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
-from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.sealed import load_sealed, save_sealed
+from adaptive_merge.weights.reader import check_finite
 
 __all__ = ["load_adapters", "save_adapters"]
 

@@ -10,14 +10,14 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from adaptive_merge.checkpoints.huggingface import to_huggingface
-from adaptive_merge.checkpoints.manifest import Manifest
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
 from adaptive_merge.export.onnx_graph import write_onnx
 from adaptive_merge.export.tower import Folded, describe_tower
 from adaptive_merge.files import save_json, save_tensors
-from adaptive_merge.models.text_tower import read_text_tower
-from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.weights.huggingface import to_huggingface
+from adaptive_merge.weights.manifest import Manifest
+from adaptive_merge.weights.text_tower import read_text_tower
 
 __all__ = ["FORMATS", "Format", "Job", "write_heads"]
 

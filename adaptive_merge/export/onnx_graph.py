@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
 from adaptive_merge.export.tower import TaskModel, image_size, plain_tower
-from adaptive_merge.module import AdaptiveMerge
 
 __all__ = ["INPUT", "output_name", "write_onnx"]
 

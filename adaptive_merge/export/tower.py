@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptive_merge.adapters import Adapter, BlockSurgery, FeatureSurgery, Tint
-from adaptive_merge.checkpoints.manifest import Manifest
-from adaptive_merge.checkpoints.open_clip_names import architecture_of, expected_shapes
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.merge import MergedBackbone
-from adaptive_merge.module import AdaptiveMerge
+from adaptive_merge.merge.backbone import MergedBackbone
+from adaptive_merge.weights.manifest import Manifest
+from adaptive_merge.weights.open_clip_names import architecture_of, expected_shapes
 
 __all__ = ["Folded", "TaskModel", "check_task", "describe_tower", "fold", "image_size", "plain_tower", "reference"]
 

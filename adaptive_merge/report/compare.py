@@ -10,12 +10,12 @@ import numpy as np
 
 from adaptive_merge.report import figures
 from adaptive_merge.report.panels import Plan
-from adaptive_merge.report.runs import Run
 from adaptive_merge.report.statistics import mean_and_deviation, sign_flip_test
 from adaptive_merge.report.style import printable
 from adaptive_merge.report.summary import gap_closed
 from adaptive_merge.report.terms import ORACLE, protocol, terms
-from adaptive_merge.results import uses_labels
+from adaptive_merge.runs.reading import Run
+from adaptive_merge.runs.results import uses_labels
 
 __all__ = ["Contrast", "Group", "alike", "comparison_plans", "contrasts", "group_runs"]
 
@@ -179,7 +179,11 @@ def comparison_plans(groups: Sequence[Group]) -> Iterator[Plan]:
                 False,
             )
     means = {
-        name: [(run.history.steps, run.history.coefficients.mean((1, 2))) for run in group.runs if run.history]
+        name: [
+            (run.history.steps, run.history.coefficients.mean((1, 2)))
+            for run in group.runs
+            if run.history and run.history.groups
+        ]
         for name, group in named.items()
     }
     if any(means.values()):

@@ -8,8 +8,8 @@ import numpy as np
 
 from adaptive_merge.report import feature_figures
 from adaptive_merge.report.panels import Plan
-from adaptive_merge.report.runs import Run
 from adaptive_merge.report.style import label
+from adaptive_merge.runs.reading import Run
 
 __all__ = ["calibration", "features", "interference"]
 

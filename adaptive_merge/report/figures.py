@@ -21,9 +21,9 @@ from adaptive_merge.report.style import (
     styled,
     tune,
 )
+from adaptive_merge.runs.reading import Curve
 
 __all__ = [
-    "Curve",
     "Scores",
     "accuracy_bars",
     "accuracy_radar",
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 Scores = Mapping[str, Mapping[str, float]]  # task → view → accuracy in [0, 1]
-Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 _SMOOTHED = 60  # points of a curve after averaging neighbours
 
 

@@ -18,12 +18,12 @@ from adaptive_merge.files import replacing
 from adaptive_merge.report.compare import Group, alike, comparison_plans, contrasts, group_runs
 from adaptive_merge.report.figures import recovered
 from adaptive_merge.report.panels import Panel, Section, draw
-from adaptive_merge.report.runs import Run, read_run
 from adaptive_merge.report.sections import run_sections
 from adaptive_merge.report.style import SERIES, VIEW_NAMES, printable
 from adaptive_merge.report.summary import Card, cards, duration, gap_closed, warnings_of
 from adaptive_merge.report.terms import ORACLE, alarms, choice, sentence, terms
-from adaptive_merge.results import uses_labels
+from adaptive_merge.runs.reading import Run, read_run
+from adaptive_merge.runs.results import uses_labels
 
 __all__ = ["report_run", "write_report"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from adaptive_merge.report import coefficient_figures, figures
 from adaptive_merge.report.diagnostic_sections import calibration, features, interference
 from adaptive_merge.report.panels import Plan, Section, draw
-from adaptive_merge.report.runs import Run
+from adaptive_merge.runs.reading import Run
 
 __all__ = ["run_sections"]
 
@@ -111,6 +111,8 @@ def _prequential(run: Run) -> Iterator[Plan]:
 def _coefficients(run: Run) -> Iterator[Plan]:
     history = run.history
     if history is None:
+        return
+    if not history.groups:
         return
     last = history.coefficients[-1]
     yield (

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptive_merge.report.figures import recovered
-from adaptive_merge.report.runs import Run
 from adaptive_merge.report.style import printable
 from adaptive_merge.report.terms import ORACLE, guard_warnings, meaning, protocol
-from adaptive_merge.results import uses_labels
+from adaptive_merge.runs.reading import Run
+from adaptive_merge.runs.results import uses_labels
 
 __all__ = ["Card", "cards", "duration", "gap_closed", "warnings_of"]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adaptive_merge.callbacks.guard import MOST
-from adaptive_merge.report.runs import Run
 from adaptive_merge.report.style import printable
-from adaptive_merge.results import footing, uses_labels
+from adaptive_merge.runs.reading import Run
+from adaptive_merge.runs.results import MOST_WARNINGS, footing, uses_labels
 
 __all__ = ["ORACLE", "alarms", "choice", "guard_warnings", "meaning", "protocol", "sentence", "terms"]
 
@@ -103,8 +102,8 @@ def guard_warnings(run: Run) -> list[str]:
             for task, steps in tasks.items()
         ]
         found.append(f"The guard saw {_SIGNALS.get(signal, printable(signal, 40))}: {'; '.join(told)}.")
-    if len(warnings) >= MOST:
-        found.append(f"Only the guard's first {MOST} warnings were recorded; there may have been more.")
+    if len(warnings) >= MOST_WARNINGS:
+        found.append(f"Only the guard's first {MOST_WARNINGS} warnings were recorded; there may have been more.")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["Transform"]
 

@@ -11,10 +11,10 @@ from pytorch_lightning.loggers import Logger
 from torch.utils.data import DataLoader
 
 import adaptive_merge as am
-from adaptive_merge.callbacks.guard import Guard
-from adaptive_merge.callbacks.ranks import Ranks
-from adaptive_merge.callbacks.signals import Signals, judge, sums
-from adaptive_merge.callbacks.watch import Watch
+from adaptive_merge.callbacks.guard.collapse import Signals, judge, sums
+from adaptive_merge.callbacks.guard.guard import Guard
+from adaptive_merge.callbacks.guard.watch import Watch
+from adaptive_merge.callbacks.safe.ranks import Ranks
 from adaptive_merge.data.protocols import Online
 from adaptive_merge.errors import InputError
 from adaptive_merge.objectives import Prediction
@@ -343,7 +343,7 @@ def test_nothing_is_chosen_where_nothing_can_be_looked_at(select, toy, bank, hea
     guard, module = Guard(every=2, select=select), am.AdaMerging(bank, toy, heads)
     train(module, stream, 4, [guard])
     assert guard.record()["kept_step"] == 4 and guard.record()["checks"] == 0
-    assert not torch.equal(module.coefficients.values, module.views.initial)
+    assert not torch.equal(module.coefficients.values, module.views.start)
 
 
 def test_one_pass_looks_only_at_what_was_predicted(toy, bank, heads, images):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import adaptive_merge as am
 from adaptive_merge.__main__ import main
-from adaptive_merge.models.embedded import build_encoder
+from adaptive_merge.suites.embedded_tower import build_encoder
 
 CONFIG = """
 model:

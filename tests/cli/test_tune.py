@@ -12,11 +12,11 @@ from conftest import write_manifest, write_suite
 from processes import start, wait
 
 import adaptive_merge as am
-from adaptive_merge import tune
 from adaptive_merge.__main__ import main
-from adaptive_merge.grid import parse_grid
-from adaptive_merge.ranking import Candidate, conclusion, rank
-from adaptive_merge.report.runs import Run
+from adaptive_merge.cli import tune
+from adaptive_merge.cli.grid import parse_grid
+from adaptive_merge.runs.ranking import Candidate, conclusion, rank
+from adaptive_merge.runs.reading import Run
 
 CONFIG = """
 model:

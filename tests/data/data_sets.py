@@ -9,7 +9,7 @@ import struct
 import numpy as np
 from PIL import Image
 
-from adaptive_merge.models.class_names import clip_task
+from adaptive_merge.suites.class_names import clip_task
 
 COUNT = 6
 

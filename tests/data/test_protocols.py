@@ -7,7 +7,7 @@ from processes import QUIET
 
 import adaptive_merge as am
 from adaptive_merge.data.sampler import Draws
-from adaptive_merge.online import prequential
+from adaptive_merge.runs.online import prequential
 
 
 def run(parts, stream, steps=6, recipe=am.AdaMerging, callbacks=(), **settings):
@@ -128,7 +128,7 @@ def test_online_future_images_change_no_earlier_prediction(parts, images, recipe
 
 def test_online_learns_in_the_pass(parts, images):
     module, rows, evaluation = run(parts, am.TaskStream(images, 2, protocol=am.Online()), lr=0.1)
-    assert not torch.equal(module.coefficients.values, module.views.initial)
+    assert not torch.equal(module.coefficients.values, module.views.start)
     assert any((row["first"] != row["final"]).any() for row in rows.values())
 
 

@@ -16,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import adaptive_merge as am
-from adaptive_merge.callbacks.preemption import Preemption
-from adaptive_merge.callbacks.rng import RngState
+from adaptive_merge.callbacks.safe.preemption import Preemption
+from adaptive_merge.callbacks.safe.rng import RngState
 
 
 class Accident(pl.Callback):

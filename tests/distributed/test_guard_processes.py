@@ -6,7 +6,7 @@ import torch
 from processes import guarded, launch, parts, texts
 
 import adaptive_merge as am
-from adaptive_merge.callbacks.guard import Guard
+from adaptive_merge.callbacks.guard.guard import Guard
 from adaptive_merge.data.protocols import Online
 
 

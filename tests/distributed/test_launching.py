@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_merge import doctor
+from adaptive_merge.cli import doctor
 from adaptive_merge.errors import InputError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -6,8 +6,8 @@ import torch
 from processes import guarded, launch, parts, texts
 
 import adaptive_merge as am
-from adaptive_merge.callbacks.agreement import RankAgreement, RanksDisagree
-from adaptive_merge.callbacks.faults import FaultGuard, NotFinite
+from adaptive_merge.callbacks.safe.faults import FaultGuard, NotFinite
+from adaptive_merge.callbacks.safe.rank_check import RankAgreement, RanksDisagree
 
 STEPS = 20
 SIZES = {"red": 1003, "green": 3, "blue": 40}

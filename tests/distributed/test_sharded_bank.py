@@ -8,7 +8,7 @@ from processes import guarded, launch, parts, texts
 from torch import nn
 
 import adaptive_merge as am
-from adaptive_merge.results import score
+from adaptive_merge.runs.results import score
 
 STEPS = 20
 # On four processes one has no image of green at all, and all have other numbers of validation batches.

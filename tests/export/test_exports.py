@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import adaptive_merge as am
-from adaptive_merge.checkpoints import read_weights
 from adaptive_merge.export import export_model, load_adapters
 from adaptive_merge.export.tower import plain_tower
+from adaptive_merge.weights import read_weights
 from export.export_helpers import CLASSES, build_module, build_tower
 
 FORMATS = ("safetensors", "open_clip", "hf", "onnx")

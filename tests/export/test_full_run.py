@@ -13,9 +13,9 @@ from data.data_sets import WRITERS
 from safetensors import safe_open
 
 from adaptive_merge.__main__ import main
-from adaptive_merge.checkpoints import read_weights
 from adaptive_merge.export import load_adapters
-from adaptive_merge.models.clip import read_architecture
+from adaptive_merge.weights import read_weights
+from adaptive_merge.weights.clip import read_architecture
 
 TASKS = {"MNIST": 10, "EuroSAT": 10}
 NEEDS = {"hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -80,7 +80,7 @@ def test_adamerging_of_two_clip_experts_from_the_command_line(tmp_path, monkeypa
 
 
 def _check_round_trip(folder):
-    from adaptive_merge.cli import load_run
+    from adaptive_merge.cli.fit import load_run
 
     module = load_run("runs/clip")
     weights = read_weights(folder / "out" / "open_clip")

@@ -13,7 +13,7 @@ from sample_runs import HOSTILE
 
 import adaptive_merge as am
 from adaptive_merge.callbacks import Dashboard, Guard, History, Sturdy, protect
-from adaptive_merge.callbacks.dashboard import _markdown
+from adaptive_merge.callbacks.show.dashboard import _markdown
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 QUIET = {

@@ -10,10 +10,10 @@ from safetensors import safe_open
 
 import adaptive_merge as am
 from adaptive_merge.callbacks import Diagnostics, History, watchers
-from adaptive_merge.callbacks.progress import Progress
-from adaptive_merge.callbacks.rate import Rate
+from adaptive_merge.callbacks.record.rate import Rate
+from adaptive_merge.callbacks.show.progress import Progress
 from adaptive_merge.files import save_tensors
-from adaptive_merge.report.runs import read_tensors
+from adaptive_merge.runs.reading import read_tensors
 
 QUIET = {
     "accelerator": "cpu",

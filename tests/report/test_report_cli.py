@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from adaptive_merge.__main__ import main
-from adaptive_merge.report.runs import read_run
 from adaptive_merge.report.sections import run_sections
 from adaptive_merge.report.terms import terms
+from adaptive_merge.runs.reading import read_run
 
 CONFIG = """
 model:

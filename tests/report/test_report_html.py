@@ -5,11 +5,11 @@ import pytest
 from sample_runs import HOSTILE, write_run
 
 import adaptive_merge as am
-from adaptive_merge.report.command import report_command
+from adaptive_merge.cli.report import report_command
+from adaptive_merge.privacy import HIDDEN, scrub
 from adaptive_merge.report.html import report_run, write_report
-from adaptive_merge.report.privacy import HIDDEN, scrub
-from adaptive_merge.report.runs import read_run
 from adaptive_merge.report.summary import warnings_of
+from adaptive_merge.runs.reading import read_run
 
 ADDRESS = re.compile(r"""https?://|\b(?:src|href)\s*=\s*["']?(?!#|data:)|url\((?!#)|@import|<link|<iframe""", re.I)
 

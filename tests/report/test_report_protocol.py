@@ -10,10 +10,10 @@ from sample_runs import HOSTILE, change, write_run
 import adaptive_merge as am
 from adaptive_merge.report.compare import alike, contrasts, group_runs
 from adaptive_merge.report.html import write_report
-from adaptive_merge.report.runs import read_run
 from adaptive_merge.report.sections import run_sections
 from adaptive_merge.report.summary import cards, gap_closed, warnings_of
 from adaptive_merge.report.terms import alarms, choice, sentence, terms
+from adaptive_merge.runs.reading import read_run
 
 TASKS = ("mnist", "fashion", "kmnist")
 NEW = ("protocol", "calibration", "criteria", "guard")

@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
 import adaptive_merge as am
-from adaptive_merge.callbacks.preemption import Preempted
-from adaptive_merge.callbacks.rng import RngState
+from adaptive_merge.callbacks.safe.preemption import Preempted
+from adaptive_merge.callbacks.safe.rng import RngState
 
 STEPS = 25
 SIZES = {"red": 31, "green": 57, "blue": 20}

@@ -12,8 +12,8 @@ from fitting import Trajectory
 from processes import guarded, parts, start, wait
 
 import adaptive_merge as am
-from adaptive_merge.callbacks.preemption import Preempted
-from adaptive_merge.checkpoints.io import AtomicCheckpointIO, StorageError, check_writable
+from adaptive_merge.callbacks.safe.preemption import Preempted
+from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, StorageError, check_writable
 
 STEPS = 12
 

@@ -8,8 +8,8 @@ import torch
 from processes import crowding, guarded, parts
 
 import adaptive_merge as am
-from adaptive_merge.checkpoints.io import AtomicCheckpointIO
-from adaptive_merge.checkpoints.run import read_checkpoint
+from adaptive_merge.runs.checkpoint import read_checkpoint
+from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO
 
 TIMES = [100, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
 SECONDS = 1.0

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import adaptive_merge as am
-from adaptive_merge import allowlist
 from adaptive_merge.__main__ import main
+from adaptive_merge.cli import allowlist
 
 EVIL = """
 import pathlib

@@ -1,0 +1,1 @@
+"""Watching for a collapse, without labels."""

@@ -1,0 +1,1 @@
+"""What keeps a run from being lost or wrong: preemption, ranks, random states, faults."""

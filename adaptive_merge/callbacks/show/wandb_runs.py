@@ -1,0 +1,128 @@
+"""How a run appears in Weights & Biases: private, offline without a key, resumed runs together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from adaptive_merge.callbacks.show.sturdy import Sturdy
+from adaptive_merge.files import save_json
+from adaptive_merge.privacy import scrub
+
+__all__ = ["FILE", "protect"]
+
+FILE = "wandb.json"
+_log = logging.getLogger(__name__)
+
+
+def protect(logger: Logger, folder: str | Path, resumed: bool = False) -> Logger:
+    """A logger that cannot stop the run; a `WandbLogger` also keeps to the run folder and says little.
+
+    wandb then saves no git state, no code, no command line and no console output. Without an API key it is offline,
+    and one line says how to upload. Attempts at a run that was resumed are one group; online they are one run.
+
+    Args:
+        logger: any Lightning logger.
+        folder: the run folder.
+        resumed: whether this is another attempt at a run.
+    """
+    if not isinstance(logger, WandbLogger):
+        return Sturdy(logger)
+    return Sturdy(logger, prepare=lambda: _prepare(logger, Path(folder), resumed))
+
+
+def _prepare(logger: WandbLogger, folder: Path, resumed: bool) -> None:
+    """Set what `wandb.init` will get, where the user has not said otherwise."""
+    # Tables are staged as files, in the user's home unless told otherwise; there is no setting for it, and wandb
+    # reads its environment when it is first used.
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "staging"))
+    # The logger hands `_wandb_init` to `wandb.init` when it is first used; there is no public way to add to it.
+    options: dict[str, Any] = logger._wandb_init
+    offline = _is_offline(logger, options)
+    # What the user says about the run, such as notes and a configuration, is written and uploaded with it.
+    options |= {name: scrub(value, name) for name, value in options.items() if name != "settings"}
+    options["settings"] = _settings(options.get("settings"), offline)
+    options["dir"] = logger._save_dir = str(folder)
+    if offline:
+        options["mode"] = "offline"
+        # With this, Lightning would set an environment variable that wandb then warns about.
+        logger._offline = False
+    if options.get("anonymous") is None:
+        options.pop("anonymous", None)
+    _name(logger, options, folder, resumed, offline)
+    if offline:
+        _log.warning("wandb is offline; to upload this run: wandb sync %s", folder / "wandb" / "offline-run-*")
+
+
+def _settings(given: Any, offline: bool) -> Any:
+    """Private settings, under those that the user gave, also by environment variables."""
+    import wandb
+
+    wanted = {
+        "disable_git": True,
+        "save_code": False,
+        "disable_code": True,
+        "console": "off",
+        "silent": offline,
+        "x_disable_meta": True,
+        "x_save_requirements": False,
+        "init_timeout": 30,
+    }
+    if given is None or isinstance(given, dict):
+        explicit = dict(given or {})
+    else:
+        explicit = {name: getattr(given, name) for name in given.model_fields_set}
+    # What is set here would win over wandb's environment variables.
+    ours = {name: value for name, value in wanted.items() if f"WANDB_{name.upper()}" not in os.environ}
+    return wandb.Settings(**ours | explicit)
+
+
+def _is_offline(logger: WandbLogger, options: dict[str, Any]) -> bool:
+    mode = options.get("mode") or os.environ.get("WANDB_MODE")
+    if mode:
+        return mode in ("offline", "dryrun")
+    return bool(logger._offline) or not _has_key()
+
+
+def _has_key() -> bool:
+    """Whether wandb could log in: a key in the environment or in the netrc file. Nothing is asked over the network."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for path in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
+        try:
+            if path and netrc.netrc(path).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _name(logger: WandbLogger, options: dict[str, Any], folder: Path, resumed: bool, offline: bool) -> None:
+    """Online one run with a fixed id, which is resumed; offline a run an attempt, since a sync replaces the last."""
+    path, known = folder / FILE, {}
+    if resumed and path.is_file():
+        try:
+            known = json.loads(path.read_text())
+        except ValueError:
+            known = {}
+    attempt = int(known.get("attempt", 0)) + 1
+    identity = options.get("id") or known.get("id") or secrets.token_hex(4)
+    run = folder.resolve().name
+    options["group"] = options.get("group") or run
+    if offline:
+        options["name"] = options.get("name") or (f"{run}-attempt-{attempt}" if attempt > 1 else run)
+        options["id"] = f"{identity}-{attempt}" if attempt > 1 else identity
+        options["resume"] = None
+    else:
+        options |= {"id": identity, "resume": "allow", "name": options.get("name") or run}
+    logger._id, logger._name = options["id"], options["name"]
+    save_json(path, {"id": identity, "attempt": attempt})

@@ -1,0 +1,285 @@
+"""The command line: LightningCLI for `fit` and `validate`, small commands for what needs no trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+from jsonargparse import Namespace, class_from_function
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+
+from adaptive_merge import __version__
+from adaptive_merge.callbacks import Guard, Ledger, protect, watchers
+from adaptive_merge.callbacks.guard.guard import Select, check_oracle
+from adaptive_merge.callbacks.safe.ranks import RunStopped
+from adaptive_merge.callbacks.safe.safeguards import safeguards
+from adaptive_merge.cli.allowlist import explain, restrict_imports
+from adaptive_merge.cli.commands import COMMANDS
+from adaptive_merge.coefficients.files import save_coefficients
+from adaptive_merge.data import TaskStream
+from adaptive_merge.engine import identity
+from adaptive_merge.engine.module import AdaptiveMerge
+from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.runs.checkpoint import read_checkpoint
+from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
+from adaptive_merge.runs.folder import SaveConfig, publish, refuse_run, remove_run
+from adaptive_merge.runs.log import RunLog
+from adaptive_merge.runs.results import evaluate, summary
+from adaptive_merge.suites import Suite, load_suite
+
+__all__ = ["AdaptiveMergeCLI", "load_run", "run"]
+
+STARTED = time.perf_counter()
+TRAINER_DEFAULTS = {
+    # One endless epoch of steps: `max_steps` says where it ends; validation comes every `val_check_interval` steps.
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+CHECKPOINT_EVERY = 50
+DESCRIPTION = (
+    "Adapt a merge of experts on unlabelled test batches. Beside the subcommands below there are "
+    f"{', '.join(COMMANDS)}: each answers to --help."
+)
+
+
+def run(arguments: list[str]) -> None:
+    """Run one command; raises AdaptiveMergeError for what the user has to mend."""
+    _quiet()
+    arguments = restrict_imports(arguments)
+    if arguments and arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]](arguments[1:])
+        return
+    try:
+        AdaptiveMergeCLI(args=arguments)
+    except jsonargparse.ArgumentError as error:
+        raise InputError(explain(error)) from error
+
+
+class AdaptiveMergeCLI(LightningCLI):
+    """A suite, a module made of parts, a stream over the suite's images, and a run folder."""
+
+    def __init__(self, args: list[str] | dict[str, Any], run: bool = True) -> None:
+        super().__init__(
+            AdaptiveMerge,
+            TaskStream,
+            save_config_callback=SaveConfig if run else None,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False, "description": DESCRIPTION, "version": __version__},
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `validate`, as Lightning has them."""
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The suite and the run folder; the suite's parts reach module and stream as objects."""
+        parser.add_class_arguments(class_from_function(load_suite, Suite), "suite")
+        for part in ("task_vectors", "backbone", "heads"):
+            parser.link_arguments(
+                "suite",
+                f"model.{part}",
+                compute_fn=lambda suite, part=part: getattr(suite, part),
+                apply_on="instantiate",
+            )
+        parser.link_arguments("suite", "data.images", compute_fn=lambda suite: suite.images, apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments(
+            "data", "model.unseen", compute_fn=lambda stream: list(stream.protocol.unseen), apply_on="instantiate"
+        )
+        parser.add_argument("--run.root", type=str, default="runs", help="folder of all runs")
+        parser.add_argument("--run.name", type=str | None, default=None, help="folder of this run; default: the recipe")
+        parser.add_argument(
+            "--run.if_exists",
+            type=Literal["refuse", "resume", "overwrite"],
+            default="refuse",
+            help="what to do with a folder that holds a run: nothing, go on from its last checkpoint, or replace it",
+        )
+        parser.add_argument(
+            "--run.guard",
+            type=Literal["stop", "warn", "off"],
+            default="stop",
+            help="what to do where the merge collapses: restore the best state and end, warn, or do not look",
+        )
+        parser.add_argument(
+            "--run.select",
+            type=Select,
+            default="last",
+            help="the step to keep: the last, or the best by agreement with the experts, by JS divergence to them or "
+            "by entropy, none of which needs labels; `oracle` uses labels, and the run is marked everywhere",
+        )
+        parser.add_argument("--run.report", type=bool, default=True, help="write report.html at the end of `fit`")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets the hyper-parameters in a checkpoint choose the configuration here; we do not."""
+
+    @property
+    def settings(self) -> Namespace:
+        """The parsed configuration of the chosen subcommand."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        settings = self.settings
+        return Path(settings.run.root) / (settings.run.name or settings.model.recipe)
+
+    def before_instantiate_classes(self) -> None:
+        """Point loggers and checkpoints at the run folder, after checking that nothing in it gets lost."""
+        if self.subcommand != "fit":
+            return
+        settings = self.settings
+        settings.weights_only = True
+        check_writable(self.folder)
+        settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(self.folder)
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if settings.run.if_exists == "resume" and last.is_file():
+            settings.ckpt_path = str(last)
+        elif settings.run.if_exists == "refuse" and not _lies_in(settings.ckpt_path, self.folder):
+            refuse_run(self.folder)
+        self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer; for `fit` with a CSV log and the last checkpoint always on, beside what the user asks for."""
+        if self.subcommand != "fit":
+            return super().instantiate_trainer(logger=False, **kwargs)
+        asked = self.config_init[self.subcommand].trainer
+        wanted, bar = asked.logger, asked.enable_progress_bar is not False
+        others = wanted if isinstance(wanted, list) else [wanted] if wanted not in (None, True, False) else []
+        others = [protect(logger, self.folder, self.resumed_at > 0) for logger in others]
+        asked = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
+        trainer = super().instantiate_trainer(
+            logger=[RunLog(self.folder, self.resumed_at), *others], callbacks=watchers(asked, progress=bar), **kwargs
+        )
+        last = ModelCheckpoint(
+            self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
+        )
+        # Guard and ledger first: what the one restores and the other notes is what safeguards compare and save.
+        ours = [*self._guard(trainer.callbacks), Ledger(str(self.folder)), *safeguards(self.folder, trainer.callbacks)]
+        trainer.callbacks.extend([*ours, last])
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+    def _guard(self, given: list[Callback]) -> list[Guard]:
+        """The guard that the configuration asks for; none where the user's callbacks hold one."""
+        asked = self.settings.run
+        if any(isinstance(one, Guard) for one in given):
+            return []
+        if asked.guard == "off":
+            if asked.select != "last":
+                raise InputError(f"--run.select {asked.select} needs the guard, which is off; set --run.guard warn")
+            return []
+        return [Guard(select=asked.select, on_collapse=asked.guard)]
+
+    def before_fit(self) -> None:
+        """Refuse to train nothing, before anything is written."""
+        if self.trainer.max_steps != 0:
+            self.model.check_learns()
+        if self.settings.ckpt_path:  # before the run's config.yaml is replaced by one that does not fit its checkpoint
+            found = read_checkpoint(self.settings.ckpt_path)
+            identity.check(found, self.model.method, identity.of_data(self.datamodule))
+        _ = self.datamodule.draws, self.datamodule.scored  # a protocol may not fit the data
+        if any(isinstance(one, Guard) and one.select == "oracle" for one in self.trainer.callbacks):
+            check_oracle(self.trainer, self.datamodule, endless=True)
+        if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
+            remove_run(self.folder)  # only now that nothing more can be wrong with the new one
+        self.loaded = time.perf_counter()
+
+    def after_fit(self) -> None:
+        """Keep what was learned, score the four views, write `results.json`, print the table."""
+        adapted = time.perf_counter()
+        if table := self.model.coefficients.table():
+            save_coefficients(self.folder / "coefficients.json", table)
+        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
+        evaluation = evaluate(self.trainer, self.model, self.datamodule)
+        seconds = {
+            "load": self.loaded - STARTED,
+            "adapt": adapted - self.loaded,
+            "evaluate": time.perf_counter() - adapted,
+        }
+        ledger, guard = (
+            next((one for one in self.trainer.callbacks if isinstance(one, kind)), None) for kind in (Ledger, Guard)
+        )
+        results = summary(
+            self.model,
+            evaluation,
+            self.datamodule,
+            ledger.read(),
+            steps=self.trainer.global_step,
+            seconds=seconds,
+            guard=guard.record() if guard else None,
+        )
+        publish(results, self.folder)
+        if self.trainer.is_global_zero and self.settings.run.report:
+            from adaptive_merge.report.html import report_run  # here, because matplotlib takes a second to import
+
+            report_run(self.folder)
+        if guard and guard.stopped:
+            end = guard.record()["stopped"]
+            raise RunStopped(
+                f"the merge collapsed, and the run was stopped at step {end['step']} ({end['reason']}); what it "
+                f"learned up to step {end['restored_step']} is kept and scored. Lower --model.lr, or bound the "
+                "coefficients"
+            )
+
+    def after_validate(self) -> None:
+        """Print the accuracies of the view that was validated."""
+        scores = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+        Console().print(scores)
+
+
+def load_run(source: str) -> AdaptiveMerge:
+    """The module of a run folder with its learned values, or of a configuration file as it starts.
+
+    Args:
+        source: a run folder (its `config.yaml` and `checkpoints/last.ckpt` are read) or a YAML file.
+    """
+    path = Path(source)
+    config = path / "config.yaml" if path.is_dir() else path
+    if not config.is_file():
+        raise MissingFileError(f"{config}: there is no such file; give a run folder or a configuration")
+    try:
+        content = yaml.safe_load(config.read_text())
+        parts = {key: content[key] for key in ("seed_everything", "suite", "model", "data") if key in content}
+        module = AdaptiveMergeCLI(args=parts, run=False).model
+    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
+        raise InputError(f"{config}: not a configuration of this program ({error})") from error
+    if path.is_dir():
+        checkpoint = read_checkpoint(path / "checkpoints" / "last.ckpt")
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+    return module
+
+
+def _lies_in(path: str | None, folder: Path) -> bool:
+    return path is not None and folder.resolve() in Path(path).resolve().parents
+
+
+def _quiet() -> None:
+    """Lightning's hints that do not apply here: loaders are deliberate, and tips are not for logs."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter.*",
+        ".*isinstance.treespec.*",
+        ".*you have set.*max_epochs.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

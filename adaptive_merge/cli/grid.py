@@ -1,0 +1,187 @@
+"""A grid of settings: what `adaptive-merge tune` is asked to try, which `fit` each combination is, what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jsonargparse
+import yaml
+
+from adaptive_merge.cli.allowlist import explain
+from adaptive_merge.cli.fit import AdaptiveMergeCLI
+from adaptive_merge.errors import InputError
+from adaptive_merge.privacy import scrub
+from adaptive_merge.runs.checkpoint_io import check_writable
+from adaptive_merge.runs.folder import RUN_FILES
+
+__all__ = ["Grid", "Trial", "arguments_of", "parse_grid", "plan"]
+
+_KEY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_LONGEST: Final = 80  # characters of a folder's name
+# Settings that say where a run lies or what it is scored on: runs that differ in these are not ranked together.
+_NOT_VARIED: Final = ("config", "ckpt_path", "weights_only", "suite", "data.protocol", "data.corruption")
+_OF_THE_FOLDER: Final = ("run.root", "run.name", "run.if_exists", "run.report")
+# Settings that do not make a finished run another one; the stream's seed follows seed_everything and is not written.
+_NOT_COMPARED: Final = (
+    "data.seed",
+    *("config", "ckpt_path", "weights_only", "trainer.default_root_dir", "trainer.enable_progress_bar"),
+    *_OF_THE_FOLDER,
+)
+
+Grid = dict[str, list[Any]]
+"""Setting → the values to try."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination: its values, the arguments of its `fit`, its folder and whether it still has to run."""
+
+    values: dict[str, Any]
+    arguments: list[str]
+    folder: Path
+    pending: bool
+
+    @property
+    def name(self) -> str:
+        """The values for people."""
+        return " ".join(f"{key}={_text(value)}" for key, value in self.values.items())
+
+
+def parse_grid(varied: Sequence[str]) -> Grid:
+    """Setting → values, of `KEY=A,B,...`; a value is written as in YAML, so that lists, mappings and strings work.
+
+    Raises:
+        InputError: there is none, one is malformed or named twice, or it is not for a grid.
+    """
+    if not varied:
+        raise InputError("nothing to tune; add --vary KEY=A,B,... such as --vary model.lr=0.0003,0.001,0.003")
+    grid: Grid = {}
+    for text in varied:
+        key, equals, listed = text.partition("=")
+        if not equals or not _KEY.fullmatch(key):
+            raise InputError(f"--vary {text}: write KEY=A,B,... such as --vary model.lr=0.0003,0.001,0.003")
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in (*_NOT_VARIED, *_OF_THE_FOLDER)):
+            raise InputError(
+                f"--vary {key}: runs that differ in it cannot be ranked together; start a tuning of its own for each "
+                "value, with another --run.name"
+            )
+        if key in grid:
+            raise InputError(f"--vary {key} is there twice; give all its values at once: --vary {key}=A,B,...")
+        try:
+            values = yaml.safe_load(f"[{listed}]")
+            json.dumps(values)  # dates and the like are no settings
+        except (yaml.YAMLError, TypeError) as error:
+            raise InputError(f"--vary {text}: the values are not YAML ({error}); quote strings") from error
+        if not values or len({_text(value) for value in values}) < len(values):
+            raise InputError(f"--vary {text}: give at least one value, and none twice")
+        grid[key] = values
+    return grid
+
+
+class _Settings(AdaptiveMergeCLI):
+    """The settings that a `fit` would run with; nothing is built, nothing is run."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def plan(grid: Grid, rest: Sequence[str]) -> tuple[Path, list[Trial]]:
+    """The grid's folder and its trials; every combination is checked before the first one runs.
+
+    Args:
+        grid: of `parse_grid`.
+        rest: the other arguments of `fit`.
+
+    Raises:
+        InputError: settings that `fit` does not know; a folder that holds a run of other settings.
+    """
+    combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    parsed = [_parse([*rest, *arguments_of(values)]) for values in combinations]
+    asked = parsed[0]["run"]
+    folder = Path(asked["root"]) / (asked["name"] or f"{parsed[0]['model']['recipe']}-tune")
+    check_writable(folder)
+    if any((folder / name).exists() for name in RUN_FILES):
+        raise InputError(f"{folder} holds a run, not a grid of them; choose another --run.name")
+    overwrite = asked["if_exists"] == "overwrite"
+    trials = []
+    for values, settings in zip(combinations, parsed):
+        place = folder / _slug(values)
+        own = [f"--run.root={folder}", f"--run.name={place.name}"]
+        own.append(f"--run.if_exists={'overwrite' if overwrite else 'resume'}")
+        pending = overwrite or not _finished(place, settings)
+        trials.append(Trial(values, [*rest, *arguments_of(values), *own], place, pending))
+    return folder, trials
+
+
+def _parse(arguments: list[str]) -> dict[str, Any]:
+    try:
+        settings = _Settings(args=["fit", *arguments]).settings
+    except jsonargparse.ArgumentError as error:
+        raise InputError(explain(error)) from error
+    return json.loads(json.dumps(scrub(settings.as_dict()), default=str))
+
+
+def _finished(folder: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether the folder holds the finished run of these settings; InputError where it holds another run."""
+    if not any((folder / name).exists() for name in RUN_FILES):
+        return False
+    try:
+        found = yaml.safe_load((folder / "config.yaml").read_text())
+        found = _flat(found if isinstance(found, dict) else {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = {}
+    asked = _flat(wanted)
+    for key in dict.fromkeys((*asked, *found)):
+        if found.get(key) != asked.get(key):
+            raise InputError(
+                f"{folder} holds a run of other settings: its {key} is {found.get(key)}, this grid asks for "
+                f"{asked.get(key)}; choose another --run.name, or run all anew with --run.if_exists overwrite"
+            )
+    return (folder / "results.json").is_file()
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted key → value, without what does not make another run."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{above}{name}"
+        if key not in _NOT_COMPARED:
+            found |= _flat(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
+    return found
+
+
+def _slug(values: Mapping[str, Any]) -> str:
+    """A readable folder name that no other combination of the same grid has."""
+    last = [key.rpartition(".")[2] for key in values]
+    names = last if len(set(last)) == len(last) else list(values)
+    plain = ",".join(f"{name}={_text(value)}" for name, value in zip(names, values.values()))
+    kept = re.sub(r"[^\w.,=+-]+", "_", plain)
+    if kept == plain and len(plain) <= _LONGEST:
+        return plain
+    return f"{kept[:_LONGEST]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+
+
+def arguments_of(values: Mapping[str, Any]) -> list[str]:
+    """Setting → value, as `fit` takes them."""
+    return [f"--{key}={_text(value)}" for key, value in values.items()]
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it: strings as they are, all else as JSON, which is YAML."""
+    return value if isinstance(value, str) else json.dumps(value)

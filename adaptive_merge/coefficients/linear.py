@@ -1,0 +1,169 @@
+"""Merging coefficients Λ [T, G]: how many scalars weigh the task vectors, where they start, how they are bounded."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_merge.coefficients.files import load_coefficients
+from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.merge.layout import Layout
+from adaptive_merge.merge.parts import BankPart
+from adaptive_merge.merge.passes import combine, project
+from adaptive_merge.merge.rule import Rule, State
+from adaptive_merge.merge.task_vectors import TaskVectors
+
+__all__ = ["BlockWise", "Bounds", "Coefficients", "Fixed", "LayerWise", "TaskWise"]
+
+Bounds = Literal["clamp", "project", "free"]
+
+
+class Coefficients(Rule):
+    """One learnable scalar per task and group of parameters; subclasses say what a group is.
+
+    θ(Λ)_p = θ₀_p + Σₜ λ_{t,g(p)} · τ_{t,p}.    (AdaMerging, Yang et al., ICLR 2024)
+
+    The number of tasks and groups is known once `bind` has seen the bank; the module that owns the merge
+    calls it.
+
+    Args:
+        init: start value: a number for all, one number per task, `"average"` (1/T), `"metagpt"`
+            (‖τₜ‖² / Σ‖τ‖², closed form of Zhou et al., EMNLP 2024), or the path of a run folder or of a file of
+            coefficients by name, such as published ones.
+        bounds: `"clamp"` bounds λ to [0, 1] inside the forward, as published: outside, the gradient is zero
+            and λ never returns. `"project"` clips the stored value after each step, so the gradient stays
+            alive. `"free"` does not bound.
+        trainable: whether the coefficients learn.
+    """
+
+    granularity: ClassVar[str]
+
+    def __init__(
+        self,
+        init: float | list[float] | str = 0.3,
+        bounds: Bounds = "clamp",
+        trainable: bool = True,
+    ) -> None:
+        super().__init__()
+        if bounds not in ("clamp", "project", "free"):
+            raise InputError(f"unknown bounds {bounds!r} for the coefficients; choose 'clamp', 'project' or 'free'")
+        self.init, self.bounds, self.trainable = init, bounds, trainable
+        self.group_of: tuple[int, ...] = ()
+
+    def bind(self, task_vectors: TaskVectors) -> Self:
+        """Size the coefficients for a bank and set them to their start values. Returns itself."""
+        labels = self.group_names(task_vectors.layout)
+        self.groups = tuple(dict.fromkeys(labels))
+        self.group_of = tuple(self.groups.index(label) for label in labels)
+        self.tasks = task_vectors.tasks
+        start = self._start_values(task_vectors)
+        self.values = nn.Parameter(start, requires_grad=self.trainable)
+        self.free = self.trainable and self.bounds == "free"
+        return self
+
+    @abstractmethod
+    def group_names(self, layout: Layout) -> list[str]:
+        """The group of each parameter: parameters of equal group share one λ per task."""
+
+    def _start_values(self, task_vectors: TaskVectors) -> Tensor:
+        """[T, G]."""
+        tasks, init = len(self.tasks), self.init
+        if init == "metagpt":
+            squares = torch.stack([vector.float().square().sum() for vector in task_vectors.vectors]).cpu()
+            column = squares / squares.sum()
+        elif isinstance(init, str) and init != "average":
+            return self._read(Path(init))
+        elif isinstance(init, Sequence) and init != "average":
+            if len(init) != tasks:
+                listed = ", ".join(self.tasks)
+                raise InputError(f"{len(init)} start coefficients for {tasks} experts ({listed}); give one each")
+            column = torch.tensor([float(value) for value in init])
+        else:
+            column = torch.full((tasks,), 1 / tasks if init == "average" else float(init))
+        return column[:, None].repeat(1, len(self.groups))
+
+    def _read(self, path: Path) -> Tensor:
+        """[T, G] of a run folder or a file, matched by the names of tasks and groups."""
+        if not path.exists():
+            raise MissingFileError(
+                f"coefficients cannot start at {str(path)!r}: give a number, a list, 'average', 'metagpt', or an "
+                "existing run folder or file of coefficients"
+            )
+        path = path / "coefficients.json" if path.is_dir() else path
+        found = load_coefficients(path)
+        for wanted, given, what in ((self.tasks, found, "task"), (self.groups, next(iter(found.values())), "group")):
+            for name in (name for name in wanted if name not in given):
+                raise InputError(f"{path}: there is no coefficient for {what} {name!r}{did_you_mean(name, given)}")
+            for name in (name for name in given if name not in wanted):
+                raise InputError(f"{path}: this merge has no {what} {name!r}{did_you_mean(name, wanted)}")
+        return torch.tensor([[found[task][group] for group in self.groups] for task in self.tasks])
+
+    def forward(self) -> Tensor:
+        """Λ [T, G] as the merge uses it."""
+        if self.bounds != "clamp":
+            return self.values
+        # The published gradient is 1 on the bounds themselves. `clamp`'s own is 1 there up to torch 2.14 and 0
+        # from 2.15 on, where a coefficient that starts at 0 would never move.
+        inside = (self.values >= 0) & (self.values <= 1)
+        return torch.where(inside, self.values, self.values.detach().clamp(0, 1))
+
+    def state(self) -> State:
+        return (self(),)
+
+    @torch.no_grad()
+    def combine(self, part: BankPart, state: State, out: Tensor) -> None:
+        combine(part.bank, state[0], part.of(self.group_of), out)
+
+    @torch.no_grad()
+    def project(self, part: BankPart, gradients: Sequence[Tensor | None], state: State, out: State) -> None:
+        out[0].add_(project(part.bank, gradients, part.of(self.group_of), len(self.groups)))
+
+    def display(self) -> Tensor:
+        return self()
+
+    @torch.no_grad()
+    def bound_(self) -> None:
+        """Clip the stored values to [0, 1] where `bounds="project"`."""
+        if self.bounds == "project":
+            self.values.clamp_(0, 1)
+
+
+class TaskWise(Coefficients):
+    """One coefficient per task: task-wise AdaMerging."""
+
+    granularity = "task"
+
+    def group_names(self, layout: Layout) -> list[str]:
+        return ["all"] * len(layout.names)
+
+
+class Fixed(TaskWise):
+    """One constant per task: weight averaging (`init="average"`) and task arithmetic (`init=0.3`)."""
+
+    def __init__(self, init: float | list[float] | str = 0.3) -> None:
+        super().__init__(init, bounds="free", trainable=False)
+
+
+class LayerWise(Coefficients):
+    """One coefficient per task and named parameter tensor: layer-wise AdaMerging, aTLAS."""
+
+    granularity = "layer"
+
+    def group_names(self, layout: Layout) -> list[str]:
+        return list(layout.names)
+
+
+class BlockWise(Coefficients):
+    """One coefficient per task and transformer block; what lies before and after the blocks is a group each."""
+
+    granularity = "block"
+
+    def group_names(self, layout: Layout) -> list[str]:
+        blocks = layout.blocks
+        last = max((index for index, block in enumerate(blocks) if block), default=-1)
+        return [block or ("before" if index < last else "after") for index, block in enumerate(blocks)]

@@ -1,0 +1,336 @@
+"""`AdaptiveMerge`: parts in, `trainer.fit` out. The only file that knows all the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from adaptive_merge.adapters import Adapter
+from adaptive_merge.coefficients import Fixed
+from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.engine import identity, step
+from adaptive_merge.engine.frozen import FrozenOutputs
+from adaptive_merge.engine.losses import StepLosses
+from adaptive_merge.engine.model import AdaptedModel
+from adaptive_merge.engine.scoring import TaskScore
+from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
+from adaptive_merge.engine.teachers import FrozenViews, View
+from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.merge.backbone import MergedBackbone
+from adaptive_merge.merge.placement import BankKind
+from adaptive_merge.merge.rule import Rule
+from adaptive_merge.merge.task_vectors import TaskVectors
+from adaptive_merge.objectives import Entropy, Objective, Prediction
+from adaptive_merge.schedule import Stage, at_step
+from adaptive_merge.transforms import Transform
+
+__all__ = ["AdaptiveMerge"]
+
+
+class AdaptiveMerge(pl.LightningModule):
+    """A merge of experts that learns on unlabelled test batches. Every method is a choice of its parts.
+
+    Args:
+        task_vectors: the bank of pre-trained weights and experts.
+        backbone: any module that maps a batch to features [B, d]; its weights are not used.
+        heads: task → frozen classifier weight [C, d].
+        recipe: name of this choice of parts, for results and reports.
+        transforms: applied to the task vectors in order, before merging.
+        coefficients: how many coefficients, where they start, how they are bounded. Default `Fixed(0.3)`.
+        adapters: what each task has of its own.
+        objective: what an unlabelled batch asks for. Default `Entropy()`.
+        stages: stage after stage instead of one objective for the whole run.
+        lr: Adam's learning rate.
+        adapter_lr: of the adapters; default `lr`.
+        betas: Adam's betas.
+        weight_decay: above 0, decoupled as in AdamW.
+        accumulate: `"joint"` runs all tasks' images of a step as one batch, best on GPUs. `"per_task"` runs
+            and back-propagates one task after the other, so that one task's activations are alive at a time;
+            the gradients are the same. `"auto"`: joint on CUDA, per task elsewhere.
+        cache: folder that keeps what frozen networks say about the images between runs; default: in memory.
+        unseen: tasks whose experts are left out of the merge; they are scored with their own heads, without
+            adapters. From the command line the protocol `Unseen` says which.
+        bank: `"resident"`: the bank is held on each device. `"streamed"`: it stays in host memory and crosses to
+            the device piece by piece, twice a step. `"sharded"`: each process holds one slice of it on its device;
+            weights and their gradients are exchanged every step. All learn the same.
+    """
+
+    def __init__(
+        self,
+        task_vectors: TaskVectors,
+        backbone: nn.Module,
+        heads: Mapping[str, Tensor],
+        recipe: str = "custom",
+        transforms: Sequence[Transform] = (),
+        coefficients: Rule | None = None,
+        adapters: Sequence[Adapter] = (),
+        objective: Objective | None = None,
+        stages: Sequence[Stage] = (),
+        lr: float = 1e-3,
+        adapter_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        accumulate: Literal["auto", "joint", "per_task"] = "auto",
+        cache: str | None = None,
+        unseen: Sequence[str] = (),
+        bank: BankKind = "resident",
+    ) -> None:
+        super().__init__()
+        if accumulate not in ("auto", "joint", "per_task"):
+            raise InputError(f"unknown accumulate {accumulate!r}; choose 'auto', 'joint' or 'per_task'")
+        if stages and objective:
+            raise InputError("give either one objective or stages with an objective each, not both")
+        self.recipe, self.accumulate = recipe, accumulate
+        self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
+        self.betas, self.weight_decay = betas, weight_decay
+        self.experts, self.unseen = task_vectors, tuple(unseen)
+        for task in (task for task in self.unseen if task not in task_vectors.tasks):
+            raise InputError(f"there is no task {task!r} to leave out{did_you_mean(task, task_vectors.tasks)}")
+        kept = [task for task in task_vectors.tasks if task not in self.unseen]
+        if not kept:
+            raise InputError("all tasks are left out; keep at least one to merge and to adapt on")
+        merged = task_vectors.select(kept) if unseen else task_vectors
+        for transform in transforms:
+            merged = transform(merged)
+        self.model = AdaptedModel(
+            MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
+        )
+        # A rule says by `requires_grad` what of it learns; stages switch that on and off.
+        self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
+        self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
+        self.scores = nn.ModuleList(TaskScore() for _ in task_vectors.tasks)
+        self.said: dict[str, Tensor] = {}
+        self._nothing_kept = True  # since the last optimiser step
+        self.view: View = "adapted"
+        self._compares = False
+        self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
+        self._parts, self._data = identity.of_parts(self, transforms), None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names, in the order of the bank."""
+        return self.model.tasks
+
+    @property
+    def scored_tasks(self) -> tuple[str, ...]:
+        """The merged tasks and the unseen ones, in the order of the experts."""
+        return self.experts.tasks
+
+    @property
+    def merged_fingerprints(self) -> dict[str, str]:
+        """sha256 of the pre-trained weights and of the experts in the merge."""
+        return {name: self.experts.fingerprints[name] for name in ("pretrained", *self.tasks)}
+
+    @property
+    def coefficients(self) -> Rule:
+        """The rule of the merge: the coefficients Λ, or whatever else is learned about it."""
+        return self.model.backbone.coefficients
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the run has reached: a function of the steps taken, so that a resumed run agrees."""
+        return at_step(self.stages, self.global_step)
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """Everything that learns, in any stage."""
+        return [*self.rule_parameters, *self.model.adapters.parameters()]
+
+    def forward(self, task: str, images: Tensor) -> Tensor:
+        """Logits [B, C] of the adapted model for images of one task."""
+        return self.model(task, images).logits
+
+    def training_step(self, batch: step.Batch, batch_idx: int) -> Tensor:
+        """One update on unlabelled batches, task → {"image", "index"}, and "weight" where processes hold unequal parts.
+
+        What the model said about the images, before it learns from them, is in `said`: task → logits [B, C].
+        """
+        objective = self._enter(self.stage)
+
+        def expert(task: str) -> Prediction:
+            return self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
+
+        losses = StepLosses(objective, batch, expert, self._mean_over_ranks, self._owns_tasks())
+        if not batch:  # more processes than tasks
+            loss = torch.stack([0.0 * value.sum() for value in self.learned if value.requires_grad]).sum()
+            loss = loss + self.model.backbone.idle(self._joint(objective))
+        elif self._joint(objective):
+            loss = step.joint(self.model, batch, losses)
+        else:
+            parts = {} if objective.needs_blocks else batch
+            known = {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
+            loss = step.per_task(self.model, batch, losses, known, objective.needs_blocks)
+        self.said = losses.said
+        self._log_step(losses.gather(loss, self.tasks, self._processes), losses.entropies, losses.kept)
+        # Lightning cannot skip a step by returning None on several processes.
+        self._nothing_kept &= bool(losses.kept) and not any(losses.kept.values())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Where no image was kept on any process: without gradients Adam leaves everything alone, moments included."""
+        if self._nothing_kept:
+            optimizer.zero_grad()
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """One for what modules have no hook for; this is also the last hook before the processes form their group."""
+        bound_waiting(self.trainer.strategy)
+        return [_CloseBank()]
+
+    def setup(self, stage: str) -> None:
+        """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
+        stream = self.trainer.datamodule
+        if isinstance(stream, TaskStream) and set(stream.protocol.unseen) != set(self.unseen):
+            left_out = [list(stream.protocol.unseen), list(self.unseen)]
+            raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
+        if stage == "fit":
+            self._data = identity.of_data(self.trainer.datamodule)
+        self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
+        suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
+
+    def teardown(self, stage: str) -> None:
+        """From here on one process may merge without the others."""
+        self.model.backbone.placement.close()
+
+    def on_validation_epoch_start(self) -> None:
+        """Merge where all processes meet: they may have unequal numbers of batches."""
+        self.views.prepare(self.view)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Count one labelled batch of one task, for the view in force."""
+        task, adapted = batch["task"], self.view == "adapted"
+        expert, source = None, self._source(batch["task"])
+        if self.view == "individual":
+            prediction = self.views.expert(task, batch, source)
+        else:
+            prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
+            if self._compares and self.view != "pretrained" and task in self.tasks and source is not None:
+                expert = self.views.expert(task, batch, source)
+        self.scores[self.scored_tasks.index(task)].update(prediction, batch["label"], expert)
+        return {"features": prediction.features, "logits": prediction.logits}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `<view>/<task>/accuracy` and the mean over the merged tasks, and start the next count."""
+        # The same tasks on every rank, also on one whose share of a task was empty: `compute` is collective.
+        named = dict(zip(self.scored_tasks, self.scores))
+        shown = [task for task in named if self._source(task) is not None] or list(named)
+        counted = {task: values for task in shown if not (values := named[task].compute())["accuracy"].isnan()}
+        found = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
+        for name, tasks in {"accuracy": self.tasks, "accuracy_unseen": self.unseen}.items():
+            values = [found[f"{task}/accuracy"] for task in tasks if task in counted]
+            found |= {name: torch.stack(values).mean()} if values else {}
+        for key, value in found.items():
+            # Loggers get the accuracies alone; the rest is for `results.json`.
+            self.log(f"{self.view}/{key}", value, logger=None if "accuracy" in key.rsplit("/")[-1] else False)
+        for score in self.scores:
+            score.reset()
+        self.views.release()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """Adam over what learns; none for a run of no steps, which only scores."""
+        if self.trainer.max_steps == 0:
+            return None
+        self.check_learns()
+        groups = [
+            {"params": self.rule_parameters, "lr": self.lr},
+            {"params": list(self.model.adapters.parameters()), "lr": self.adapter_lr},
+        ]
+        kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
+        groups = [group for group in groups if group["params"]]
+        return kind(groups, betas=self.betas, weight_decay=self.weight_decay)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then bring projected coefficients back into their bounds."""
+        super().optimizer_step(*args, **kwargs)
+        self.coefficients.bound_()
+        self._nothing_kept = True
+
+    def on_fit_end(self) -> None:
+        """Keep what the cache has learned about the images; let go of the expert that was asked last."""
+        self.views.outputs.flush()
+        self.views.release()
+
+    def check_learns(self) -> None:
+        """InputError where nothing learns."""
+        if not self.learned:
+            raise InputError(
+                f"recipe {self.recipe!r} has nothing to learn: its coefficients are fixed and it has no adapters; "
+                "set trainer.max_steps to 0 to score it, or use `merge`"
+            )
+
+    def merged_state_dict(self, task: str | None = None) -> dict[str, Tensor]:
+        """The merged weights as plain tensors that load into the plain backbone; with a task, its tints included."""
+        merged = self.model.backbone.merged_state_dict()
+        for adapter in self.model.adapters if task else ():
+            merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
+        return merged
+
+    @contextmanager
+    def viewing(self, view: View) -> Iterator[AdaptiveMerge]:
+        """Validate one of the four models; taken in order, what the experts said serves the later ones."""
+        before, self.view, self._compares = self.view, view, True
+        try:
+            yield self
+        finally:
+            self.view, self._compares = before, False
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """The method as plain values under names that users know: what a checkpoint of it belongs to."""
+        return identity.of_method(self, self._parts)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which method and data the few kilobytes belong to."""
+        checkpoint["adaptive_merge"] = {"method": self.method, "data": self._data or identity.of_data(None)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what was learned by another method or, to go on learning, on other data."""
+        going_on = self._trainer is not None and self._trainer.training
+        identity.check(checkpoint, self.method, self._data if going_on else None)
+
+    def _enter(self, stage: Stage) -> Objective:
+        if len(self.stages) > 1:
+            for parameter in self.rule_parameters:
+                parameter.requires_grad_(stage.learn != "adapters")
+            self.model.adapters.requires_grad_(stage.learn != "coefficients")
+        return stage.objective
+
+    def _joint(self, objective: Objective) -> bool:
+        wanted = self.accumulate == "joint" or (self.accumulate == "auto" and self.device.type == "cuda")
+        return wanted and self.model.shares_tower and self.coefficients.learns and not objective.needs_blocks
+
+    def _log_step(self, loss: Tensor, entropies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        self.log("train/entropy", torch.stack(list(entropies.values())).mean(), prog_bar=True, batch_size=1)
+        self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
+        if kept:
+            self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
+
+    @property
+    def _processes(self) -> int:
+        return self._trainer.world_size if self._trainer else 1
+
+    def _owns_tasks(self) -> bool:
+        """Whether each process takes whole tasks."""
+        stream = self._trainer.datamodule if self._trainer else None
+        return self._processes > 1 and isinstance(stream, TaskStream) and stream.share == "tasks"
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        many = self._processes > 1
+        return self._trainer.strategy.reduce(value.detach(), reduce_op="mean") if many else value.detach()
+
+    def _source(self, task: str) -> Any:
+        """The images that a batch's indices point into; None in a loop without a TaskStream."""
+        stream = getattr(self._trainer, "datamodule", None)
+        return stream.images.get(task) if isinstance(stream, TaskStream) else None
+
+
+class _CloseBank(pl.Callback):
+    """After an error a process merges alone again: it may have something to save."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        pl_module.model.backbone.placement.close()

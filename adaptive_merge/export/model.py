@@ -1,0 +1,90 @@
+"""A module in, a folder that other libraries load out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adaptive_merge.engine.module import AdaptiveMerge
+from adaptive_merge.errors import InputError
+from adaptive_merge.export.adapter_file import save_adapters
+from adaptive_merge.export.card import write_card
+from adaptive_merge.export.formats import FORMATS, Job, write_heads
+from adaptive_merge.export.tower import fold
+from adaptive_merge.export.verify import IMAGES, verify
+from adaptive_merge.sealed import load_sealed
+
+__all__ = ["export_model"]
+
+
+def export_model(
+    module: AdaptiveMerge,
+    folder: str | Path,
+    format: str,
+    *,
+    task: str | None = None,
+    text: str | None = None,
+    check: bool = True,
+    results: Mapping[str, Any] | None = None,
+    command: str = "adaptive_merge.export.export_model(...)",
+) -> str:
+    """Write the model, its heads, the adapter file and a card into a new folder; returns what was done, in words.
+
+    Everything is written beside `folder` and takes its name only once it is complete and, with `check`, compared.
+
+    Args:
+        module: an adapted module.
+        folder: to write; it must not exist, or be empty.
+        format: `"open_clip"`, `"hf"`, `"onnx"` or `"safetensors"`.
+        task: this task's own model; default the merge that all tasks share.
+        text: for open_clip, a full CLIP checkpoint to take the text tower from.
+        check: load the folder again and compare it on 32 images.
+        results: content of `results.json`, for the card.
+        command: for the card.
+
+    Raises:
+        InputError: the folder is taken; the format cannot express the model; the comparison failed.
+    """
+    folder = Path(folder)
+    _check_request(folder, format, text)
+    folded = fold(module, task)
+    if folded.left and format != "onnx":
+        raise InputError(
+            f"task {task!r} cannot be folded into {format}: {'; '.join(folded.left)}. Export it as onnx, or leave out "
+            "--task: the shared merge is written, and what the task has of its own stays in adapters.safetensors"
+        )
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        told = _fill(Job(module, folded, task, partial, text), format, check, results, command)
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return f"wrote {format} to {folder}; {told}"
+
+
+def _fill(job: Job, format: str, check: bool, results: Mapping[str, Any] | None, command: str) -> str:
+    FORMATS[format](job)
+    write_heads(job)
+    save_adapters(job.module, job.folder / "adapters.safetensors")
+    told = "not compared (--verify)"
+    if check:
+        load_sealed(job.folder / "adapters.safetensors")
+        told = f"largest difference {verify(job, format):.1e}"
+    write_card(job, format, results, told, command)
+    return f"{told} on {IMAGES} images" if check else told
+
+
+def _check_request(folder: Path, format: str, text: str | None) -> None:
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
+    if text is not None and format != "open_clip":
+        raise InputError(f"a text tower belongs into an open_clip folder only, not into {format}; leave out --text")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"`{folder}` exists already; choose another --output, or remove it first")

@@ -1,0 +1,8 @@
+"""The hot path: θ₀ and τ in flat buffers, the two passes over them, where they live, and the merged backbone."""
+
+from adaptive_merge.merge.backbone import MergedBackbone
+from adaptive_merge.merge.layout import Layout
+from adaptive_merge.merge.passes import combine, project
+from adaptive_merge.merge.task_vectors import TaskVectors
+
+__all__ = ["Layout", "MergedBackbone", "TaskVectors", "combine", "project"]

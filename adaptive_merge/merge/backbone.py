@@ -1,0 +1,245 @@
+"""The differentiable merge: the hot path.
+
+The merge is one node of the graph. A rule's `combine` reads the bank once and writes θ once; its `project` reads the
+bank once more to turn ∂L/∂θ into ∂L/∂state. No product λ·τ ever becomes a graph node (that
+keeps T copies of the model alive), and no flat buffer is sliced under autograd (each slice's backward would
+allocate P zeros).
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.merge.placement import BankKind, Placement, place
+from adaptive_merge.merge.rule import Rule, State
+from adaptive_merge.merge.task_vectors import TaskVectors
+
+__all__ = ["MergedBackbone"]
+
+
+class _Merge(torch.autograd.Function):
+    """The rule's state → the tuple of merged parameters, views of one buffer; one graph node for the whole model."""
+
+    @staticmethod
+    def forward(ctx: Any, placement: Placement, rule: Rule, *state: Tensor) -> tuple[Tensor, ...]:
+        ctx.placement, ctx.rule = placement, rule
+        ctx.save_for_backward(*state)
+        ctx.set_materialize_grads(False)
+        return placement.bank.layout.views(placement.combine(rule, state))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.placement.project(ctx.rule, gradients, ctx.saved_tensors)
+
+
+class MergedBackbone(nn.Module):
+    """A backbone whose weights are merged from a bank by a rule, such as θ₀ + Σₜ λₜ τₜ; only the rule can learn.
+
+    The caller's backbone is not touched: its structure is copied without its weights, and every forward is a
+    `torch.func.functional_call` with the merged parameters. The bank moves with the module but is no part of
+    its `state_dict`, which holds the rule's parameters alone.
+
+    Args:
+        backbone: any module that maps a batch to features [B, d].
+        task_vectors: the bank; its names are those of `backbone.named_parameters()`.
+        coefficients: the rule of the merge, such as `LayerWise()`; bound to the bank here.
+        bank: where the bank lives while it is merged: `"resident"`, `"streamed"` or `"sharded"`, see `placement`.
+
+    Raises:
+        InputError: the bank's parameters or buffers are not the backbone's.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        task_vectors: TaskVectors,
+        coefficients: Rule,
+        bank: BankKind = "resident",
+    ) -> None:
+        super().__init__()
+        _check_fit(backbone, task_vectors)
+        self.coefficients = coefficients.bind(task_vectors)
+        self.placement = place(task_vectors, bank)
+        # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
+        self.__dict__["skeleton"] = _without_weights(backbone)
+        # Looking for tied weights anew in every forward takes longer than a merge of small tensors.
+        self.tied = len(list(backbone.named_parameters(remove_duplicate=False))) > len(task_vectors.names)
+        buffers = dict(backbone.named_buffers()) | dict(task_vectors.buffers)
+        self.__dict__["constants"] = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        self.__dict__["_kept"] = self.__dict__["_scratch"] = None
+
+    @property
+    def task_vectors(self) -> TaskVectors:
+        """The bank, where its placement keeps it; `device` says where the merge is."""
+        return self.placement.bank
+
+    @property
+    def device(self) -> torch.device:
+        """Where the merged parameters are."""
+        return self.placement.device
+
+    def merge(self) -> dict[str, Tensor]:
+        """The merged parameters by name; differentiable in the rule's parameters where they learn, else kept."""
+        rule = self.coefficients
+        if not rule.learns:
+            version = (rule.version, self.device)
+            if self._kept is None or self._kept[0] != version:
+                self.__dict__["_kept"] = (version, self.merge_with(rule.state()))
+            return self._kept[1]
+        views = _Merge.apply(self.placement, rule, *rule.state())
+        return dict(zip(self.task_vectors.names, views))
+
+    @torch.no_grad()
+    def merge_with(self, state: State) -> dict[str, Tensor]:
+        """The merged parameters for another state of the same rule; no gradient."""
+        return self.task_vectors.layout.unflatten(self.placement.combine(self.coefficients, state))
+
+    @torch.no_grad()
+    def merge_leaves(self, state: State) -> dict[str, Tensor]:
+        """The merged parameters as leaves that collect gradients, in a buffer that the next call writes over."""
+        layout = self.task_vectors.layout
+        if self._scratch is None or self._scratch.device != self.device:
+            self.__dict__["_scratch"] = torch.empty(layout.numel, device=self.device)
+        flat = self.placement.combine(self.coefficients, state, self._scratch)
+        return {name: value.requires_grad_() for name, value in layout.unflatten(flat).items()}
+
+    def inject(self, state: State, gradients: Sequence[Tensor | None]) -> Tensor:
+        """A scalar whose gradient in the rule's parameters is that of the loss with the given ∂L/∂θ.
+
+        Args:
+            state: what the weights were merged with.
+            gradients: ∂L/∂θ, one tensor per parameter; None where a parameter got none.
+        """
+        projected = self.placement.project(self.coefficients, gradients, tuple(value.detach() for value in state))
+        return torch.stack([(live * gradient).sum() for live, gradient in zip(state, projected)]).sum()
+
+    def idle(self, joint: bool) -> Tensor:
+        """The loss of a process that has no image in a step: 0, with the gradient in the rule that the others find.
+
+        Where the bank is sharded, a merge and its backward are the work of all processes. It takes part in them at
+        the places where the others do.
+
+        Args:
+            joint: whether the others back-propagate through the merge, and not into its leaves.
+        """
+        if not self.coefficients.learns:
+            return next(iter(self.merge().values())).new_zeros(())
+        if joint:
+            return torch.stack([0.0 * value.sum() for value in self.merge().values()]).sum()
+        state = self.coefficients.state()
+        dot = self.inject(state, [None] * len(self.merge_leaves(state)))
+        return dot - dot.detach()
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the tower's repeated blocks, such as `transformer.resblocks.0`, in order."""
+        return tuple(dict.fromkeys(block for block in self.task_vectors.layout.blocks if block))
+
+    def block_width(self) -> int:
+        """Channels of a block's output: the usual length of its vectors, for norms and output biases have it."""
+        layout = self.task_vectors.layout
+        lengths = [shape[0] for shape, block in zip(layout.shapes, layout.blocks) if block and len(shape) == 1]
+        return statistics.mode(lengths)
+
+    def forward(
+        self,
+        images: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> Tensor:
+        """Features [B, d] of `images` [B, …] in evaluation mode.
+
+        Images in uint8 are scaled and normalised here, on the device, by the `image_mean` and `image_std`
+        that the backbone carries, as open_clip's towers do.
+
+        Args:
+            images: a batch.
+            parameters: the weights to use; default: `merge()`.
+            edits: module name → function that replaces the module's output.
+        """
+        if not len(images):  # a process's empty share: towers infer sizes, which of nothing they cannot
+            return self.forward(images.new_zeros((1, *images.shape[1:])), parameters, edits)[:0]
+        weights = dict(self.merge() if parameters is None else parameters) | self.constants
+        with _hooked(self.skeleton, edits or {}):
+            return torch.func.functional_call(
+                self.skeleton, weights, (self._normalise(images),), tie_weights=self.tied, strict=True
+            )
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        if getattr(self.skeleton, "image_mean", None) is None:
+            raise InputError(
+                "uint8 images need `backbone.image_mean` and `backbone.image_std`; set them, "
+                "or feed images that are already normalised floats"
+            )
+        mean, std = (
+            torch.tensor(value, device=images.device).view(-1, 1, 1)
+            for value in (self.skeleton.image_mean, self.skeleton.image_std)
+        )
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def merged_state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors that load into the plain backbone with `load_state_dict`."""
+        merged = {name: value.detach().clone() for name, value in self.merge().items()}
+        persistent = self.skeleton.state_dict().keys()
+        return {name: (merged | self.constants)[name] for name in persistent}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MergedBackbone:
+        super()._apply(fn, recurse)
+        # Only the device follows: θ₀, the rule and the merge stay float32 under any precision of the tower.
+        device = fn(torch.empty(0, device=self.device)).device
+        self.placement.to(device)
+        self.__dict__["constants"] = {name: buffer.to(device) for name, buffer in self.constants.items()}
+        return self
+
+
+@contextmanager
+def _hooked(module: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the outputs of named submodules while the context lasts."""
+    handles = [
+        module.get_submodule(name).register_forward_hook(lambda _, __, output, edit=edit: edit(output))
+        for name, edit in edits.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without_weights(backbone: nn.Module) -> nn.Module:
+    """A copy of the structure on the meta device: `deepcopy` takes each tensor's stand-in from the memo."""
+    memo: dict[int, Any] = {}
+    for parameter in backbone.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in backbone.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(backbone, memo).eval()
+
+
+def _check_fit(backbone: nn.Module, task_vectors: TaskVectors) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in backbone.named_parameters()}
+    known = dict(zip(task_vectors.names, task_vectors.layout.shapes))
+    for name in (name for name in shapes if name not in known):
+        raise InputError(f"the backbone's parameter {name!r} is not in the task vectors{did_you_mean(name, known)}")
+    for name in (name for name in known if name not in shapes):
+        raise InputError(f"the task vectors' parameter {name!r} is not in the backbone{did_you_mean(name, shapes)}")
+    for name, shape in shapes.items():
+        if known[name] != shape:
+            raise InputError(
+                f"parameter {name!r} has shape {known[name]} in the task vectors and {shape} in the backbone"
+            )
+    owned = dict(backbone.named_buffers())
+    for name in (name for name in task_vectors.buffers if name not in owned):
+        raise InputError(f"the buffer {name!r} of the task vectors is not in the backbone")

@@ -1,0 +1,100 @@
+"""The contract of what is learned about a merge."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from adaptive_merge.merge.parts import BankPart
+    from adaptive_merge.merge.task_vectors import TaskVectors
+
+__all__ = ["Rule", "State"]
+
+State = tuple[Tensor, ...]
+"""What a merge reads of a rule, such as (Λ [T, G],) or (Λ, mask [P])."""
+
+
+class Rule(nn.Module, ABC):
+    """How θ is made of the bank: θ = f(θ₀, τ, state), where the state is made of the rule's parameters.
+
+    The engine never looks at the parameters. It asks for the state once a step, merges with `combine`, and gives the
+    gradients of θ to `project`; the state's own graph leads back to the parameters. In evaluation mode (`self.training`
+    is false) the state has to be the same at every call; in training mode it may be drawn at random.
+    """
+
+    tasks: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    """Columns of `display`, such as parameter names."""
+    free: bool = False
+    """Whether what `display` shows learns without bounds, and so may run away."""
+
+    @abstractmethod
+    def bind(self, task_vectors: TaskVectors) -> Self:
+        """Make the parameters for a bank and set them to their start. Returns itself."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """What the merge reads, differentiable in the parameters that learn."""
+
+    @abstractmethod
+    def combine(self, part: BankPart, state: State, out: Tensor) -> None:
+        """Write θ of a part's columns to `out` [columns of the part], float32; no gradient."""
+
+    @abstractmethod
+    def project(self, part: BankPart, gradients: Sequence[Tensor | None], state: State, out: State) -> None:
+        """Add what a part's columns say about ∂L/∂state to `out`, which is shaped as `state`; no gradient.
+
+        Args:
+            part: some columns of the bank.
+            gradients: ∂L/∂θ, one tensor per parameter of the part; None where a parameter got none.
+            state: what `combine` was given.
+            out: where to add; starts at zero.
+        """
+
+    def display(self) -> Tensor | None:
+        """[T, G] of `tasks` and `groups` for people, on the rule's device; None: there is nothing to draw."""
+        return None
+
+    def table(self) -> Mapping[str, Mapping[str, float]] | None:
+        """task → group → value of `display`, for people and files."""
+        shown = self.display()
+        if shown is None:
+            return None
+        return {task: dict(zip(self.groups, row)) for task, row in zip(self.tasks, shown.detach().tolist())}
+
+    def bound_(self) -> None:
+        """Bring stored values back into their bounds; called after each optimiser step."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything of it learns at the moment."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def version(self) -> tuple[int | bool, ...]:
+        """Changes with the values, and between training and evaluation."""
+        return (self.training, *(parameter._version for parameter in self.parameters()))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the values as they are now."""
+        values = [parameter.detach().cpu().contiguous() for parameter in self.parameters()]
+        digest = hashlib.sha256()
+        for value in values:
+            digest.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def settled(self) -> State:
+        """A copy of the state as it is used in evaluation."""
+        training = self.training
+        try:
+            return tuple(value.detach().clone() for value in self.eval().state())
+        finally:
+            self.train(training)

@@ -1,0 +1,56 @@
+"""The contract of an objective: a loss per image of an unlabelled batch.
+
+Losses are per image, not means: the engine divides by the number of images kept over all processes, so that a filter
+that keeps three images here and seven there weighs them alike.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Objective", "Prediction"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about a batch of one task.
+
+    Args:
+        features: [B, d], after the task's adapters.
+        logits: [B, C] of the task's head.
+        blocks: mean token [B, width] after each block, where somebody asked for it.
+    """
+
+    features: Tensor
+    logits: Tensor
+    blocks: tuple[Tensor, ...] = ()
+
+
+class Objective(ABC):
+    """A loss per image of one task's unlabelled batch."""
+
+    needs_expert: ClassVar[bool] = False
+    """Whether it looks at the expert's prediction."""
+
+    needs_blocks: bool = False
+    """Whether it looks at the tower's blocks."""
+
+    filters: bool = False
+    """Whether `keep` may leave images out."""
+
+    average: Callable[[Tensor], Tensor] = staticmethod(lambda value: value)
+    """Makes a mean over this process's images of a task one over all processes' images; the module sets it."""
+
+    @abstractmethod
+    def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
+        """The loss of each image, [B]; `expert` is the frozen expert's prediction for the same images."""
+
+    def keep(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
+        """Which images count, bool [B]; not differentiated. Asked where `filters` is true; default: all."""
+        return torch.ones_like(prediction.logits[:, 0], dtype=torch.bool)

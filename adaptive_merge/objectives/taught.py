@@ -1,0 +1,65 @@
+"""What a batch asks for with the task's own expert as the teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptive_merge.errors import InputError
+from adaptive_merge.objectives.base import Objective, Prediction
+from adaptive_merge.objectives.functional import Distance, confidence_filter, feature_distance, jensen_shannon
+
+__all__ = ["ExpertDivergence", "FeatureDistance", "PseudoLabel"]
+
+
+class FeatureDistance(Objective):
+    """Distance of the features to the expert's (Representation Surgery, eq. 6).
+
+    Args:
+        kind: `"l1"` as published, `"l2"`, `"smooth_l1"` or `"cosine"`.
+        blocks: also sum the distances of the mean tokens after every block (SurgeryV2).
+    """
+
+    needs_expert = True
+
+    def __init__(self, kind: Distance = "l1", blocks: bool = False) -> None:
+        if kind not in ("l1", "l2", "smooth_l1", "cosine"):
+            raise InputError(f"unknown feature distance {kind!r}; choose 'l1', 'l2', 'smooth_l1' or 'cosine'")
+        self.kind, self.needs_blocks = kind, blocks
+
+    def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
+        pairs = [(prediction.features, expert.features)]
+        if self.needs_blocks:
+            pairs += zip(prediction.blocks, expert.blocks)
+        return torch.stack([feature_distance(ours, theirs, self.kind) for ours, theirs in pairs]).sum(0)
+
+
+class PseudoLabel(Objective):
+    """Cross-entropy to what the expert says (Model Tinting, SyMerge).
+
+    Args:
+        soft: the expert's probabilities as target instead of its label.
+        confident: the confidence filter of Tinting++ and SyMerge.
+    """
+
+    needs_expert = True
+
+    def __init__(self, soft: bool = False, confident: bool = False) -> None:
+        self.soft, self.filters = soft, confident
+
+    def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
+        target = expert.logits.softmax(-1) if self.soft else expert.logits.argmax(-1)
+        return F.cross_entropy(prediction.logits, target, reduction="none")
+
+    def keep(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
+        return confidence_filter(prediction.logits.detach(), expert.logits)
+
+
+class ExpertDivergence(Objective):
+    """Jensen–Shannon divergence to the expert's prediction (DivMerge, EACL 2026)."""
+
+    needs_expert = True
+
+    def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
+        return jensen_shannon(prediction.logits, expert.logits)

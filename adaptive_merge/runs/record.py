@@ -1,0 +1,92 @@
+"""Reading `results.json` for people: checked, with the means over merged and unseen tasks taken anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.engine.teachers import VIEWS
+
+__all__ = ["read_record"]
+
+
+def read_record(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The content of a `results.json`; what older runs did not record is None or empty, with a note.
+
+    Raises:
+        MissingFileError, InputError: the file is not there, or it is not one of ours.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path}: there is no such file; name a run folder whose `fit` has finished")
+    try:
+        return _checked(json.loads(path.read_text()), notes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not results of this version of the program ({error!r}); run `fit` again") from error
+
+
+def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    tasks = results["tasks"]
+    if results["schema"] != 1 or not tasks:
+        raise KeyError("schema")
+    for row in tasks.values():
+        _numbers(row, ("n", *VIEWS))
+    if results.setdefault("protocol", None) is None:
+        notes.append("The protocol was not recorded: what was adapted on and what was scored is not known.")
+    else:
+        for part in ("adapted_on", "scored_on"):
+            _numbers(results["protocol"][part], tasks)
+    unseen = list(results.get("unseen", {}).get("tasks", ()))
+    merged = [task for task in tasks if task not in unseen]
+    if not merged or len(merged) + len(unseen) != len(tasks):
+        raise KeyError("unseen")
+    results["average"] = _means(tasks, merged)
+    results["unseen"] = {"tasks": unseen, "average": _means(tasks, unseen) if unseen else None}
+    results["online"] = _online(results.get("online"), merged)
+    for name in ("calibration", "criteria", "guard"):
+        results[name] = dict(results.get(name) or {})
+    for part in results["calibration"].values():
+        _numbers(part, tasks)
+    for part in results["criteria"].values():
+        _numbers(part, part)
+    _check_guard(results["guard"])
+    return results
+
+
+def _means(tasks: Mapping[str, Mapping[str, float]], names: list[str]) -> dict[str, float]:
+    return {view: float(np.mean([tasks[task][view] for task in names])) for view in VIEWS}
+
+
+def _online(found: Any, merged: list[str]) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    for task in merged:
+        one = found["tasks"][task]
+        if not one["images"] or len(one["images"]) != len(one["curve"]):
+            raise KeyError("online")
+        _numbers(dict(enumerate(one["images"] + one["curve"])))
+        _numbers(one, ("predicted",))
+    _numbers(found["final"], merged)
+    return found
+
+
+def _check_guard(guard: Mapping[str, Any]) -> None:
+    for warning in guard.get("warnings", ()):
+        if not isinstance(warning["signal"], str) or "task" not in warning:
+            raise TypeError(f"guard: {warning!r}")
+        _numbers(warning, ("step",))
+    if guard.get("stopped"):
+        _numbers(guard["stopped"], ("step", "restored_step"))
+        if "reason" not in guard["stopped"]:
+            raise KeyError("reason")
+
+
+def _numbers(row: Mapping[Any, Any], names: Any = None) -> None:
+    """TypeError where one of the named values is not a number."""
+    for name in row if names is None else names:
+        if not isinstance(row[name], (int, float)):
+            raise TypeError(f"{name}: {row[name]!r}")

@@ -1,0 +1,183 @@
+"""What a run bought: accuracies of four models per task, as `results.json` and as a table for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.engine.module import AdaptiveMerge
+from adaptive_merge.runs.online import prequential
+from adaptive_merge.engine.scoring import CRITERIA
+from adaptive_merge.engine.teachers import VIEWS
+
+__all__ = ["MOST_WARNINGS", "SCHEMA", "evaluate", "footing", "peak_memory", "score", "summary", "table", "uses_labels"]
+
+SCHEMA = 1
+MOST_WARNINGS = 100  # of the guard, in its record
+_PACKAGES = ("adaptive_merge", "torch", "torchvision", "pytorch-lightning", "open_clip_torch", "torchmetrics")
+
+
+def evaluate(
+    trainer: pl.Trainer, module: AdaptiveMerge, datamodule: pl.LightningDataModule
+) -> dict[str, dict[str, dict[str, float]]]:
+    """View → task → what `TaskScore` counts on the labelled images, for all four views of a module.
+
+    `"pretrained"` is θ₀, `"individual"` each expert on its own task, `"initial"` the merge before adaptation,
+    `"adapted"` the module as it is now: after a single pass that is the final model, and `prequential` scores what it
+    said on the way. Nothing is known of a task that the data do not hold.
+    """
+    found = {}
+    for view in VIEWS:
+        with module.viewing(view):
+            trainer.validate(module, datamodule=datamodule, verbose=False, weights_only=True)
+        metrics = trainer.callback_metrics
+        found[view] = {
+            task: {
+                name: float(metrics[key])
+                for name in ("accuracy", "ece", *CRITERIA)
+                if (key := f"{view}/{task}/{name}") in metrics
+            }
+            for task in module.scored_tasks
+        }
+    return found
+
+
+def score(
+    trainer: pl.Trainer, module: AdaptiveMerge, datamodule: pl.LightningDataModule
+) -> dict[str, dict[str, float]]:
+    """View → task → top-1 accuracy in [0, 1] on the labelled images, for all four views; see `evaluate`."""
+    found = evaluate(trainer, module, datamodule)
+    return {
+        view: {task: values["accuracy"] for task, values in tasks.items() if values} for view, tasks in found.items()
+    }
+
+
+def summary(
+    module: AdaptiveMerge,
+    evaluation: Mapping[str, Mapping[str, Mapping[str, float]]],
+    stream: TaskStream,
+    rows: Mapping[str, Mapping[str, Tensor]],
+    *,
+    steps: int,
+    seconds: Mapping[str, float],
+    guard: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    Args:
+        module: as it is now.
+        evaluation: of `evaluate`.
+        stream: the data of the run.
+        rows: task → what the run noted of its images, see `Ledger`.
+        steps: that were taken.
+        seconds: part of the run → how long it took.
+        guard: the guard's record.
+    """
+    scores = {view: {task: row["accuracy"] for task, row in tasks.items()} for view, tasks in evaluation.items()}
+    found: dict[str, Any] = {"schema": SCHEMA, "recipe": module.recipe, "seed": stream.seed}
+    found["protocol"] = {
+        "name": stream.protocol.name,
+        "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in vars(stream.protocol).items()},
+        "adapted_on": {task: int(row["adapted"].sum()) for task, row in rows.items()},
+        "scored_on": {task: int(row["scored"].sum()) for task, row in rows.items()},
+    }
+    if stream.corruption:
+        found["corruption"] = dict(vars(stream.corruption))
+    if stream.protocol.one_pass and steps:
+        passes = {
+            task: prequential(rows[task], stream.images[task].labels, stream.draws.order(task)) for task in module.tasks
+        }
+        found["online"] = {"final": scores["adapted"], "tasks": {task: asdict(one) for task, one in passes.items()}}
+        scores["adapted"] = {task: one.accuracy for task, one in passes.items()}
+    sizes = found["protocol"]["scored_on"]
+    found["tasks"] = {
+        task: {"n": sizes[task]} | {view: scores[view][task] for view in scores} for task in module.scored_tasks
+    }
+    found["average"] = _means(scores, module.tasks)
+    if module.unseen:
+        found["unseen"] = {"tasks": list(module.unseen), "average": _means(scores, module.unseen)}
+    return found | {
+        "calibration": {
+            view: {task: round(row["ece"], 6) for task, row in tasks.items()} for view, tasks in evaluation.items()
+        },
+        "criteria": {view: _criteria(evaluation[view], module.tasks) for view in ("initial", "adapted")},
+        "guard": dict(guard or {}),
+        "steps": steps,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_memory_bytes": peak_memory(),
+        "trainable_parameters": sum(parameter.numel() for parameter in module.learned),
+        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
+        "experts": {task: module.experts.fingerprints[task] for task in module.scored_tasks},
+    }
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Accuracies in percent, a row per task, and what the adaptation gained over the merge it started from."""
+    chosen = " (ORACLE: labels chose the step)" if uses_labels(results) else ""
+    view = Table(title=f"{results['recipe']}: accuracy in %{chosen}", title_justify="left")
+    view.add_column("task")
+    for name in ("pre-trained", "individual", "merged", "adapted", "gain"):
+        view.add_column(name, justify="right")
+    unseen = results.get("unseen", {"tasks": []})
+    for task, row in results["tasks"].items():
+        view.add_row(f"{task} (unseen)" if task in unseen["tasks"] else task, *_cells(row))
+    view.add_section()
+    view.add_row("average", *_cells(results["average"]), style="bold")
+    if unseen["tasks"]:
+        view.add_row("average of the unseen", *_cells(unseen["average"]), style="bold")
+    return view
+
+
+def uses_labels(results: Mapping[str, Any]) -> bool:
+    """Whether labels had a part in what was learned or kept."""
+    return results.get("guard", {}).get("select") == "oracle"
+
+
+def footing(results: Mapping[str, Any]) -> str:
+    """The protocol in a few words: what was adapted on, what was scored."""
+    protocol = results["protocol"]
+    adapted, scored = (sum(protocol[part].values()) for part in ("adapted_on", "scored_on"))
+    words = {"online": ", each predicted before it was used"}.get(protocol["name"], "")
+    if corruption := results.get("corruption"):
+        words += f"; {corruption['kind']}, severity {corruption['severity']}"
+    return f"protocol {protocol['name']}: adapted on {adapted:,} images, scored on {scored:,}{words}"
+
+
+def peak_memory() -> int:
+    """Bytes: the device's peak on CUDA, else the largest resident size of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _cells(row: Mapping[str, float]) -> list[str]:
+    gain = row["adapted"] - row["initial"]
+    return [*(f"{100 * row[view]:.1f}" for view in VIEWS), f"{100 * gain:+.1f}"]
+
+
+def _means(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:
+    return {view: sum(values[task] for task in tasks) / len(tasks) for view, values in scores.items()}
+
+
+def _criteria(evaluation: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:
+    """Means over the tasks of what needs no labels."""
+    known = [name for name in CRITERIA if all(name in evaluation[task] for task in tasks)]
+    return {name: sum(evaluation[task][name] for task in tasks) / len(tasks) for name in known}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,38 @@
+"""What belongs together: a pre-trained model, its experts, their heads and test images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from adaptive_merge.data.images import Images
+from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.merge.task_vectors import TaskVectors
+
+__all__ = ["Suite"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What belongs together.
+
+    Args:
+        name: of the suite.
+        task_vectors: the bank of the pre-trained model and its experts.
+        backbone: the encoder's structure, carrying `image_mean` and `image_std`.
+        heads: task → frozen classifier weight [C, d].
+        images: task → test images.
+    """
+
+    name: str
+    task_vectors: TaskVectors
+    backbone: nn.Module
+    heads: Mapping[str, Tensor]
+    images: Mapping[str, Images]
+
+    @property
+    def data(self) -> TaskStream:
+        """A stream over the images with its default settings."""
+        return TaskStream(self.images)

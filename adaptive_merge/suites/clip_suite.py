@@ -1,0 +1,194 @@
+"""CLIP suites: strangers' checkpoints, heads and data sets on disk, loaded together as one `Suite`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adaptive_merge.data.cache import cached_images
+from adaptive_merge.data.sources import ImageSource
+from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.merge.task_vectors import BANK_DTYPES, TaskVectors
+from adaptive_merge.suites.base import Suite
+from adaptive_merge.suites.clip_tasks import Sizes, open_clip_task, open_folder_task
+from adaptive_merge.weights import Weights, check_agreement, read_head, read_weights
+from adaptive_merge.weights.clip import Architecture, read_architecture
+from adaptive_merge.weights.text_tower import read_text_tower
+from adaptive_merge.weights.zero_shot import zero_shot_head
+
+__all__ = ["ClipSuite", "load_clip_suite"]
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSuite:
+    """What a CLIP suite is made of. The fields are the keys of a `suite.json` of `"kind": "clip"`.
+
+    Args:
+        architecture: open_clip's name, such as `"ViT-B-32-quickgelu"`, or a `.json` file in its format.
+        pretrained: weights θ₀, anything that `read_weights` reads.
+        experts: task → weights, or one path with `{task}` in it.
+        tasks: names, in order; the 20 published data sets are known by theirs.
+        data: folder of the published data sets, each in a folder of its own.
+        heads: task → head file, or one path with `{task}` in it; default: zero-shot heads from `text`.
+        text: a full CLIP with the text tower for zero-shot heads; default `pretrained`.
+        cache: folder of decoded images and zero-shot heads.
+        folders: task → folder of class folders, for tasks that are not under `data`.
+        class_names: task → text file with a class name a line, in the order of the sorted class folders.
+        templates: task → prompt templates with one `{}` each, for tasks that are not published.
+        sizes: `"published"` refuses data sets of another size than the published test split, `"any"` takes them.
+        projection: `"pretrained"` says that experts without a projection were fine-tuned with it frozen.
+        bank: `"float32"` or `"bfloat16"`, in which the task vectors are held.
+        workers: threads that decode images; 0: one per core, at most 8.
+        name: of the suite.
+    """
+
+    architecture: str
+    pretrained: str
+    experts: str | dict[str, str]
+    tasks: list[str]
+    data: str = "data"
+    heads: str | dict[str, str] | None = None
+    text: str | None = None
+    cache: str = "cache"
+    folders: dict[str, str] = dataclasses.field(default_factory=dict)
+    class_names: dict[str, str] = dataclasses.field(default_factory=dict)
+    templates: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    sizes: Sizes = "published"
+    projection: Literal["auto", "pretrained"] = "auto"
+    bank: Literal["float32", "bfloat16"] = "float32"
+    workers: int = 0
+    name: str = "clip"
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise InputError(f"a suite needs at least one task, each named once; found {self.tasks}")
+        for name, value, known in (
+            ("sizes", self.sizes, ("published", "any")),
+            ("projection", self.projection, ("auto", "pretrained")),
+            ("bank", self.bank, [str(dtype).removeprefix("torch.") for dtype in BANK_DTYPES]),
+        ):
+            if value not in known:
+                raise InputError(f"unknown {name} {value!r} of a CLIP suite; choose {' or '.join(map(repr, known))}")
+
+    def source(self, task: str) -> ImageSource:
+        """The test images of a task, not decoded yet."""
+        if task in self.folders:
+            return open_folder_task(task, self.folders[task], class_names=self.class_names.get(task), sizes=self.sizes)
+        return open_clip_task(task, self.data, sizes=self.sizes)
+
+    def expert_path(self, task: str) -> str:
+        """Where a task's expert is."""
+        return _of_task(self.experts, task, "experts")
+
+    def head_path(self, task: str) -> str | None:
+        """Where a task's head is; None where it is made from the text tower."""
+        return None if self.heads is None else _of_task(self.heads, task, "heads")
+
+
+def load_clip_suite(suite: ClipSuite) -> Suite:
+    """Read, check and join everything. What is cheap to check comes first, decoding images last.
+
+    Raises:
+        MissingFileError, InputError: naming the file, the tensor or the folder, what was expected and found.
+    """
+    architecture = read_architecture(suite.architecture)
+    sources = {task: suite.source(task) for task in suite.tasks}
+    _check_paths(suite)
+    pretrained = read_weights(suite.pretrained, quick_gelu=architecture.quick_gelu)
+    if pretrained.manifest.mean and pretrained.manifest.std:
+        architecture = dataclasses.replace(architecture, mean=pretrained.manifest.mean, std=pretrained.manifest.std)
+    backbone = architecture.build(pretrained.tensors, suite.pretrained)
+    heads = _heads(suite, sources, architecture)
+    experts = _Experts(suite, pretrained, architecture)
+    bank = TaskVectors.from_state_dicts(pretrained.tensors, experts, dtype=getattr(torch, suite.bank))
+    images = {
+        task: cached_images(source, suite.cache, architecture.image_size, name=task, workers=suite.workers)
+        for task, source in sources.items()
+    }
+    return Suite(suite.name, bank, backbone, heads, images)
+
+
+class _Experts(Mapping[str, dict[str, Tensor]]):
+    """Reads an expert when it is asked for, so that one at a time is in memory."""
+
+    def __init__(self, suite: ClipSuite, pretrained: Weights, architecture: Architecture) -> None:
+        self.suite, self.pretrained, self.architecture = suite, pretrained, architecture
+
+    def __getitem__(self, task: str) -> dict[str, Tensor]:
+        expert = read_weights(self.suite.expert_path(task), quick_gelu=self.architecture.quick_gelu)
+        return check_agreement(self.pretrained, expert, name=task, projection=self.suite.projection).tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.suite.tasks)
+
+    def __len__(self) -> int:
+        return len(self.suite.tasks)
+
+
+def _heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Architecture) -> dict[str, Tensor]:
+    if suite.heads is None:
+        return _zero_shot_heads(suite, sources, architecture)
+    heads = {}
+    for task, source in sources.items():
+        path = suite.head_path(task)
+        heads[task] = read_head(path)
+        if len(heads[task]) != len(source.classes):
+            raise InputError(
+                f"`{path}` (task {task!r}): expected {len(source.classes)} classes as in the data set, found "
+                f"{len(heads[task])}; give the head of this task"
+            )
+    return heads
+
+
+def _zero_shot_heads(
+    suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Architecture
+) -> dict[str, Tensor]:
+    from adaptive_merge.suites.class_names import clip_task, clip_task_names
+
+    tower = read_text_tower(suite.text or suite.pretrained)
+    if tower.embed_dim != architecture.embed_dim:
+        raise InputError(
+            f"`{suite.text or suite.pretrained}`: its text tower gives {tower.embed_dim} features, architecture "
+            f"{architecture.name} {architecture.embed_dim}; give the CLIP that the experts were fine-tuned from"
+        )
+    model, tokenizer = tower.build(architecture.quick_gelu)
+    heads = {}
+    for task, source in sources.items():
+        published = clip_task(task).templates if task in clip_task_names() else DEFAULT_TEMPLATES
+        templates = suite.templates.get(task, published)
+        heads[task] = zero_shot_head(
+            model,
+            tokenizer,
+            [name.replace("_", " ") for name in source.classes] if task not in clip_task_names() else source.classes,
+            templates,
+            backbone=architecture.name,
+            cache=Path(suite.cache) / "heads",
+        )
+    return heads
+
+
+def _of_task(paths: str | dict[str, str], task: str, what: str) -> str:
+    if isinstance(paths, str):
+        if "{task}" not in paths:
+            raise InputError(f"{what}: {paths!r} has no `{{task}}` in it, the place of the task's name")
+        return paths.replace("{task}", task)
+    if task not in paths:
+        raise InputError(f"{what}: no path for task {task!r}{did_you_mean(task, paths)}")
+    return paths[task]
+
+
+def _check_paths(suite: ClipSuite) -> None:
+    """Every file that was named is there, before the first gigabyte is read."""
+    wanted = [("pretrained", suite.pretrained), ("text", suite.text)]
+    wanted += [(f"the expert of task {task!r}", suite.expert_path(task)) for task in suite.tasks]
+    wanted += [(f"the head of task {task!r}", suite.head_path(task)) for task in suite.tasks]
+    for what, path in wanted:
+        if path and not path.startswith("hf-hub:") and not Path(path.removeprefix("local-dir:")).exists():
+            raise MissingFileError(f"`{path}`: {what} is not there; correct the path in the suite, or get the file")

@@ -1,0 +1,178 @@
+"""Suites: a pre-trained model, its experts, their heads and test images, loaded together from one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from adaptive_merge.data.images import Images
+from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.merge.bank_file import kept_bank
+from adaptive_merge.merge.task_vectors import TaskVectors
+from adaptive_merge.suites.base import Suite
+from adaptive_merge.suites.clip_folder import load_clip_folder
+from adaptive_merge.suites.embedded_tower import build_encoder
+
+__all__ = ["load_suite"]
+
+BankDtype = Literal["float32", "bfloat16"]
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def load_suite(
+    name: str = "embedded",
+    tasks: list[str] | None = None,
+    split: Literal["test", "val"] = "test",
+    dtype: BankDtype = "float32",
+    banks: str | None = None,
+) -> Suite:
+    """Load a suite: `"embedded"`, which ships with the package, or a folder that holds its own `suite.json`.
+
+    The folder is laid out like the embedded one, or is a CLIP suite (`"kind": "clip"`, see configs/clip): then its
+    `suite.json` says where checkpoints, heads and data sets lie.
+
+    Args:
+        name: `"embedded"` or a folder that holds `suite.json`.
+        tasks: some of its tasks, in this order; default all.
+        split: images to adapt and score on; `"val"` for choices that must not see test images.
+        dtype: in which the task vectors are held. `"bfloat16"` halves the bank; merges still add up in float32, over
+            pre-trained weights in float32. Each entry of a task vector is rounded by up to 0.4 %, also in the
+            experts that teach and are scored.
+        banks: a folder that keeps the bank as a file; it is mapped into memory from there, so that the processes of
+            a node hold it once. Default: each process holds its own.
+
+    Raises:
+        MissingFileError: the folder or one of its files is not there.
+        InputError: an unknown task; a file that is damaged or does not fit the others.
+    """
+    folder = EMBEDDED if name == "embedded" else Path(name)
+    manifest = _read_manifest(folder)
+    if dtype not in get_args(BankDtype):
+        raise InputError(f"unknown dtype {dtype!r} of a bank; choose {' or '.join(map(repr, get_args(BankDtype)))}")
+    if manifest.get("kind") == "clip":
+        suite = load_clip_folder(folder, manifest, tasks, split, dtype)
+    else:
+        suite = _load_plain(name, folder, manifest, tasks, split, dtype)
+    return replace(suite, task_vectors=kept_bank(suite.task_vectors, banks)) if banks else suite
+
+
+def _load_plain(
+    name: str, folder: Path, manifest: dict[str, Any], tasks: list[str] | None, split: str, dtype: str
+) -> Suite:
+    """A suite that is laid out like the embedded one."""
+    known = manifest["tasks"]
+    chosen = list(known) if tasks is None else tasks
+    if not chosen:
+        raise InputError("no task is left to adapt on; name at least one")
+    for task in chosen:
+        if task not in known:
+            raise InputError(f"suite {name!r} has no task {task!r}{did_you_mean(task, known)}")
+    backbone = build_encoder()
+    backbone.image_mean, backbone.image_std = tuple(manifest["mean"]), tuple(manifest["std"])
+    pretrained = _in_order(backbone, _read_tensors(folder, "pretrained.safetensors", manifest), folder)
+    heads = _read_tensors(folder, "heads.safetensors", manifest)
+    try:
+        bank = TaskVectors.from_state_dicts(pretrained, _Experts(folder, chosen, manifest), dtype=getattr(torch, dtype))
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    images = {task: _read_images(folder, task, split, manifest) for task in chosen}
+    return Suite(
+        manifest["name"], bank, backbone, {task: _head(folder, heads, task, known[task]) for task in chosen}, images
+    )
+
+
+class _Experts(Mapping[str, dict[str, Tensor]]):
+    """Reads an expert when it is asked for, so that one at a time is in memory."""
+
+    def __init__(self, folder: Path, tasks: list[str], manifest: dict[str, Any]) -> None:
+        self.folder, self.tasks, self.manifest = folder, tasks, manifest
+
+    def __getitem__(self, task: str) -> dict[str, Tensor]:
+        return _read_tensors(self.folder, f"experts/{task}.safetensors", self.manifest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "suite.json"
+    if not path.is_file():
+        raise MissingFileError(
+            f"{path}: there is no such file; a suite is 'embedded' or a folder that holds suite.json"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: expected a JSON object that describes a suite, found a {type(manifest).__name__}")
+    return manifest
+
+
+def _checked(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
+    """The path of a file of the suite, after comparing its sha256 with the manifest."""
+    path = folder / name
+    if not path.is_file():
+        raise MissingFileError(f"{path}: the suite lists this file but it is not there; restore it")
+    wanted = manifest["files"].get(name)
+    if wanted != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise InputError(f"{path}: its sha256 is not the one in suite.json; restore the file, or correct the manifest")
+    return path
+
+
+def _read_tensors(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    path = _checked(folder, name, manifest)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _in_order(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors in the backbone's order: a safetensors file gives them sorted by name."""
+    wanted = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
+    for name in (name for name in wanted if name not in state):
+        raise InputError(f"{folder / 'pretrained.safetensors'}: tensor {name!r} of the encoder is missing")
+    for name in (name for name in state if name not in wanted):
+        raise InputError(f"{folder / 'pretrained.safetensors'}: tensor {name!r} is not in the encoder")
+    return {name: state[name] for name in wanted}
+
+
+def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) -> Images:
+    path = _checked(folder, f"images/{task}.npz", manifest)
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = {f"{split}_images", f"{split}_labels"} - set(arrays.files)
+        if missing:
+            raise InputError(
+                f"{path}: there is no array {sorted(missing)[0]!r}; the split {split!r} is not in this suite"
+            )
+        pixels, labels = (torch.from_numpy(arrays[f"{split}_{kind}"]) for kind in ("images", "labels"))
+    try:
+        return Images(pixels, labels, manifest["tasks"][task]["classes"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> Tensor:
+    head = heads.get(f"{task}.weight")
+    if head is None:
+        raise InputError(f"{folder / 'heads.safetensors'}: there is no head {task + '.weight'!r}")
+    if len(head) != len(entry["classes"]):
+        raise InputError(
+            f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "
+            f"{len(entry['classes'])}"
+        )
+    return head

@@ -1,0 +1,98 @@
+"""The text side of a CLIP checkpoint: what zero-shot heads and complete open_clip folders need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from open_clip import SimpleTokenizer
+from open_clip.model import CLIP
+from torch import Tensor
+
+from adaptive_merge.errors import InputError
+from adaptive_merge.weights.folders import plan
+from adaptive_merge.weights.huggingface import read_json
+from adaptive_merge.weights.reader import open_entries
+
+__all__ = ["TextTower", "read_text_tower"]
+
+# Only the text side of the model below is used; open_clip's class wants an image tower all the same.
+_NO_IMAGES: Final = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32, "head_width": 64}
+_HEAD_WIDTH: Final = 64
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """open_clip's `text_cfg`, and the tensors by the names that they have in an open_clip `CLIP`."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+    embed_dim: int
+
+    def build(self, quick_gelu: bool) -> tuple[CLIP, Callable[[list[str]], Tensor]]:
+        """A model with this tower's `encode_text` and `logit_scale` (its image tower is a dummy), and a tokenizer."""
+        model = CLIP(self.embed_dim, dict(_NO_IMAGES), dict(self.config), quick_gelu=quick_gelu)
+        unexpected = model.load_state_dict(self.tensors, strict=False).unexpected_keys
+        if unexpected:
+            raise InputError(f"tensor `{unexpected[0]}` has no place in open_clip's text tower; give a plain CLIP")
+        return model.eval(), SimpleTokenizer(context_length=self.config["context_length"])
+
+
+def read_text_tower(source: str) -> TextTower:
+    """The text tower in a full CLIP checkpoint: an open_clip folder or file, or OpenAI's state dict.
+
+    Raises:
+        MissingFileError, InputError: nothing there, or no complete text tower under open_clip's names.
+    """
+    found = plan(source, None)
+    tensors: dict[str, Tensor] = {}
+    for path in found.files:
+        loaders, _, _ = open_entries(path)
+        names = [name for name in loaders if not name.startswith("visual.") and ".visual." not in name]
+        tensors |= {name.removeprefix("module."): loaders[name]().float() for name in names}
+    config = _config(tensors, source)
+    folder = found.files[0].parent / "open_clip_config.json"
+    if found.format == "open_clip":
+        config |= {
+            key: value for key, value in read_json(folder)["model_cfg"].get("text_cfg", {}).items() if key in config
+        }
+    tensors = {name: value for name, value in tensors.items() if name in _names(config["layers"])}
+    missing = [name for name in _names(config["layers"]) if name not in tensors]
+    if missing:
+        raise InputError(f"`{source}`: tensor `{missing[0]}` of the text tower: expected, found none; {_REMEDY}")
+    return TextTower(config, tensors, int(tensors["text_projection"].shape[1]))
+
+
+_REMEDY: Final = (
+    "zero-shot heads and complete open_clip folders need the text tower, so give a full open_clip CLIP (not only its "
+    "image tower; Hugging Face's text names are not read)"
+)
+_BLOCK: Final = (
+    *("ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight"),
+    *("attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias"),
+    *("mlp.c_proj.weight", "mlp.c_proj.bias"),
+)
+_SINGLE: Final = (
+    *("positional_embedding", "text_projection", "logit_scale", "token_embedding.weight"),
+    *("ln_final.weight", "ln_final.bias"),
+)
+
+
+def _names(layers: int) -> list[str]:
+    return [*_SINGLE, *(f"transformer.resblocks.{index}.{name}" for index in range(layers) for name in _BLOCK)]
+
+
+def _config(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
+    for name, rank in (("token_embedding.weight", 2), ("positional_embedding", 2), ("text_projection", 2)):
+        if name not in tensors or tensors[name].dim() != rank:
+            raise InputError(f"`{source}`: tensor `{name}` of the text tower: expected a matrix, found none; {_REMEDY}")
+    vocabulary, width = tensors["token_embedding.weight"].shape
+    blocks = {name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")}
+    return {
+        "context_length": int(tensors["positional_embedding"].shape[0]),
+        "vocab_size": int(vocabulary),
+        "width": int(width),
+        "heads": max(int(width) // _HEAD_WIDTH, 1),
+        "layers": len(blocks),
+    }
