@@ -82,7 +82,7 @@ def test_everything_fits_together(suite, material):
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad(), module.viewing("individual"):
         features = module.model.backbone(batch, found.task_vectors.expert("birds"))
-        wanted = clip.encode_image(module.model.backbone._normalise(batch))
+        wanted = clip.encode_image(module.model.backbone.normalise(batch))
         texts = models["pretrained"].encode_text(tokenizer(["a photo of a jay bird.", "a photo of a owl."]))
         head = models["pretrained"].logit_scale.exp() * F.normalize(texts, dim=-1)
     assert torch.allclose(features, wanted, atol=1e-5)
