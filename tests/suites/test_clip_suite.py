@@ -147,7 +147,7 @@ def test_environment_variables_and_relative_paths(suite, material, monkeypatch):
         ({"architecture": "RN50"}, "expected a plain CLIP vision transformer"),
         (
             {"architecture": "ViT-B-32-quickgelu"},
-            "not of architecture ViT-B-32-quickgelu: width: expected 768, found 64",
+            "pretrained.pt`: does not fit `ViT-B-32-quickgelu`: width: expected 768, found 64",
         ),
         ({"architecture": ...}, "'architecture' is missing"),
         ({"expert": "x"}, "unknown key 'expert'; did you mean 'experts'"),
