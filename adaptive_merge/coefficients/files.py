@@ -65,15 +65,15 @@ def load_coefficients(path: str | Path) -> Coefficients:
     if not path.is_file():
         raise MissingFileError(f"`{path}`: no such file; expected coefficients (.safetensors or .json)")
     try:
-        found = _load_json(path) if path.suffix == ".json" else _load_safetensors(path)
+        rows = _load_json(path) if path.suffix == ".json" else _load_safetensors(path)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"`{path}`: not a file of coefficients ({error!r}); expected one written by `save_coefficients`"
         ) from error
-    _check(found, str(path))
-    return found
+    _check(rows, str(path))
+    return rows
 
 
 def _load_json(path: Path) -> Coefficients:

@@ -91,7 +91,7 @@ class Coefficients(Rule):
     def _read(self, source: str, bank: TaskVectors) -> Tensor:
         """[T, G] of a run folder or a file, matched by the names of tasks and groups.
 
-        Task-wise values spread over all groups. Groups that no expert has moved may be absent; theirs are 0.
+        Task-wise values spread over all groups. Groups that no expert has moved may be absent; their λ is 0.
         """
         name, _, table = source.partition("#") if not Path(source).exists() else (source, "", "")
         if not Path(name).exists():

@@ -169,18 +169,18 @@ def _from_tensor(table: Tensor, tasks: Sequence[str], path: Path) -> Coefficient
 def _from_huggingface_row(row: list[float], layers: int) -> dict[str, float]:
     """By open_clip's names. `proj` has no coefficient, because those experts never trained it."""
     values = iter(row)
-    found = {name: next(values) for name in ("class_embedding", "conv1.weight", "positional_embedding")}
-    found |= {f"ln_pre.{kind}": next(values) for kind in _KINDS}
+    named = {name: next(values) for name in ("class_embedding", "conv1.weight", "positional_embedding")}
+    named |= {f"ln_pre.{kind}": next(values) for kind in _KINDS}
     for index in range(layers):
         block = f"transformer.resblocks.{index}."
         split = {(part, kind): next(values) for part in _HF_ATTENTION for kind in _KINDS}
         for kind in _KINDS:
             three = [split[part, kind] for part in "qkv"]
-            found[f"{block}attn.in_proj_{kind}"] = three[0] if len(set(three)) == 1 else sum(three) / 3
+            named[f"{block}attn.in_proj_{kind}"] = three[0] if len(set(three)) == 1 else sum(three) / 3
         for part in ("attn.out_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2"):
-            found |= {f"{block}{part}.{kind}": next(values) for kind in _KINDS}
-    found |= {f"ln_post.{kind}": next(values) for kind in _KINDS}
-    return {name: found[name] for name in parameter_names(layers, projection=False)}
+            named |= {f"{block}{part}.{kind}": next(values) for kind in _KINDS}
+    named |= {f"ln_post.{kind}": next(values) for kind in _KINDS}
+    return {name: named[name] for name in parameter_names(layers, projection=False)}
 
 
 def _from_tinting(file: TorchFile) -> Coefficients:

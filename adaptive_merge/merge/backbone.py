@@ -232,15 +232,16 @@ def _without_weights(backbone: nn.Module) -> nn.Module:
 def _check_fit(backbone: nn.Module, task_vectors: TaskVectors) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in backbone.named_parameters()}
     known = dict(zip(task_vectors.names, task_vectors.layout.shapes))
-    for name in (name for name in shapes if name not in known):
-        raise InputError(f"the backbone's parameter {name!r} is not in the task vectors{did_you_mean(name, known)}")
-    for name in (name for name in known if name not in shapes):
-        raise InputError(f"the task vectors' parameter {name!r} is not in the backbone{did_you_mean(name, shapes)}")
     for name, shape in shapes.items():
+        if name not in known:
+            raise InputError(f"the backbone's parameter {name!r} is not in the task vectors{did_you_mean(name, known)}")
         if known[name] != shape:
             raise InputError(
                 f"parameter {name!r} has shape {known[name]} in the task vectors and {shape} in the backbone"
             )
     owned = dict(backbone.named_buffers())
-    for name in (name for name in task_vectors.buffers if name not in owned):
-        raise InputError(f"the buffer {name!r} of the task vectors is not in the backbone")
+    for what, names, own in (("parameter", known, shapes), ("buffer", task_vectors.buffers, owned)):
+        surplus = [name for name in names if name not in own]
+        if surplus:
+            near = did_you_mean(surplus[0], own)
+            raise InputError(f"the task vectors' {what} {surplus[0]!r} is not in the backbone{near}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from adaptive_merge.data.images import Images
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["Suite"]
+__all__ = ["Experts", "Suite"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,19 @@ class Suite:
     def data(self) -> TaskStream:
         """A stream over the images with its default settings."""
         return TaskStream(self.images)
+
+
+class Experts(Mapping[str, dict[str, Tensor]]):
+    """Task → the tensors of its expert, read when they are asked for, so that one expert at a time is in memory."""
+
+    def __init__(self, tasks: Sequence[str], read: Callable[[str], dict[str, Tensor]]) -> None:
+        self.tasks, self.read = tasks, read
+
+    def __getitem__(self, task: str) -> dict[str, Tensor]:
+        return self.read(task)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)

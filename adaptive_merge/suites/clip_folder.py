@@ -1,4 +1,4 @@
-"""A CLIP suite as a folder with a `suite.json`: how it is read, and which of its tasks are wanted."""
+"""A CLIP suite as a folder with a `suite.json`: how it is read, and which of its tasks are taken."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def read_clip_suite(folder: Path, manifest: dict[str, Any], tasks: list[str] | N
     """
     path = folder / "suite.json"
     fields = {field.name: field for field in dataclasses.fields(ClipSuite)}
-    given = {key: value for key, value in manifest.items() if key not in ("kind", "schema")}
-    for key, value in given.items():
+    settings = {key: value for key, value in manifest.items() if key not in ("kind", "schema")}
+    for key, value in settings.items():
         if key not in fields:
             raise InputError(f"{path}: unknown key {key!r}{did_you_mean(key, fields)}")
         _check_kind(path, key, value, str(fields[key].type))
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and key not in given:
+        if required and key not in settings:
             raise InputError(f"{path}: the key {key!r} is missing; a CLIP suite needs it")
     if tasks is not None:
-        given["tasks"] = _chosen(path, given["tasks"], tasks)
+        settings["tasks"] = _chosen(path, settings["tasks"], tasks)
     # The defaults are paths as well, and start at the folder like all others.
-    given = {"data": "data", "cache": "cache"} | given
-    given |= {key: _resolve(path, key, given[key]) for key in _PATHS if given.get(key) is not None}
-    if given["architecture"].endswith(".json"):
-        given["architecture"] = _resolve(path, "architecture", given["architecture"])
-    return ClipSuite(**{"name": folder.resolve().name} | given)
+    settings = {"data": "data", "cache": "cache"} | settings
+    settings |= {key: _resolve(path, key, settings[key]) for key in _PATHS if settings.get(key) is not None}
+    if settings["architecture"].endswith(".json"):
+        settings["architecture"] = _resolve(path, "architecture", settings["architecture"])
+    return ClipSuite(**{"name": folder.resolve().name} | settings)
 
 
 def _chosen(path: Path, known: list[str], tasks: list[str]) -> list[str]:

@@ -66,8 +66,8 @@ def _folders(name: str, *places: str) -> Callable[[Path], ImageSource]:
     """Class folders in the first of these places that is there."""
 
     def open_(root: Path) -> ImageSource:
-        found = [root / place for place in places if (root / place).is_dir()] or [root / places[0]]
-        return labelled_by_name(name, folder_source(found[0]))
+        there = [root / place for place in places if (root / place).is_dir()] or [root / places[0]]
+        return labelled_by_name(name, folder_source(there[0]))
 
     return open_
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,9 @@ from adaptive_merge.data.cache import cached_images
 from adaptive_merge.data.sources import ImageSource
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.merge.task_vectors import BANK_DTYPES, TaskVectors
-from adaptive_merge.suites.base import Suite
+from adaptive_merge.suites.base import Experts, Suite
 from adaptive_merge.suites.clip_tasks import Sizes, open_clip_task, open_folder_task
-from adaptive_merge.weights import Manifest, Weights, check_agreement, read_head, read_weights
+from adaptive_merge.weights import Manifest, check_agreement, read_head, read_weights
 from adaptive_merge.weights.clip import build_tower, read_architecture
 from adaptive_merge.weights.text_tower import read_text_tower
 from adaptive_merge.weights.zero_shot import zero_shot_head
@@ -107,30 +107,18 @@ def load_clip_suite(suite: ClipSuite) -> Suite:
     )
     backbone = build_tower(tower, pretrained.tensors, suite.pretrained)
     heads = _heads(suite, sources, architecture)
-    experts = _Experts(suite, pretrained, architecture.quick_gelu)
-    bank = TaskVectors.from_state_dicts(pretrained.tensors, experts, dtype=getattr(torch, suite.bank))
+
+    def expert(task: str) -> dict[str, Tensor]:
+        weights = read_weights(suite.expert_path(task), quick_gelu=architecture.quick_gelu, base=pretrained)
+        return check_agreement(pretrained, weights, name=task, projection=suite.projection).tensors
+
+    experts, dtype = Experts(suite.tasks, expert), getattr(torch, suite.bank)
+    bank = TaskVectors.from_state_dicts(pretrained.tensors, experts, dtype=dtype)
     images = {
         task: cached_images(source, suite.cache, architecture.image_size, name=task, workers=suite.workers)
         for task, source in sources.items()
     }
     return Suite(suite.name, bank, backbone, heads, images)
-
-
-class _Experts(Mapping[str, dict[str, Tensor]]):
-    """Reads an expert when it is asked for, so that one at a time is in memory."""
-
-    def __init__(self, suite: ClipSuite, pretrained: Weights, quick_gelu: bool | None) -> None:
-        self.suite, self.pretrained, self.quick_gelu = suite, pretrained, quick_gelu
-
-    def __getitem__(self, task: str) -> dict[str, Tensor]:
-        expert = read_weights(self.suite.expert_path(task), quick_gelu=self.quick_gelu, base=self.pretrained)
-        return check_agreement(self.pretrained, expert, name=task, projection=self.suite.projection).tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.suite.tasks)
-
-    def __len__(self) -> int:
-        return len(self.suite.tasks)
 
 
 def _heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Manifest) -> dict[str, Tensor]:
@@ -185,9 +173,9 @@ def _of_task(paths: str | dict[str, str], task: str, what: str) -> str:
 
 def _check_paths(suite: ClipSuite) -> None:
     """Every file that was named is there, before the first gigabyte is read."""
-    wanted = [("pretrained", suite.pretrained), ("text", suite.text)]
-    wanted += [(f"the expert of task {task!r}", suite.expert_path(task)) for task in suite.tasks]
-    wanted += [(f"the head of task {task!r}", suite.head_path(task)) for task in suite.tasks]
-    for what, path in wanted:
+    named = [("pretrained", suite.pretrained), ("text", suite.text)]
+    named += [(f"the expert of task {task!r}", suite.expert_path(task)) for task in suite.tasks]
+    named += [(f"the head of task {task!r}", suite.head_path(task)) for task in suite.tasks]
+    for what, path in named:
         if path and not path.startswith("hf-hub:") and not Path(path.removeprefix("local-dir:")).exists():
             raise MissingFileError(f"`{path}`: {what} is not there; correct the path in the suite, or get the file")

@@ -112,10 +112,10 @@ def _checked(name: str, source: ImageSource, place: Path, sizes: Sizes) -> Image
             "is another version of the data set"
         )
     if sizes == "published" and count not in TEST_SIZES[name]:
-        wanted = " or ".join(f"{size:,}" for size in TEST_SIZES[name])
+        published = " or ".join(f"{size:,}" for size in TEST_SIZES[name])
         raise InputError(
-            f"task {name!r}: `{place}`: found {count:,} test images, the published test split has {wanted}; complete "
-            'it, or say `"sizes": "any"` in the suite to go on with what is there'
+            f"task {name!r}: `{place}`: found {count:,} test images, the published test split has {published}; "
+            'complete it, or say `"sizes": "any"` in the suite to go on with what is there'
         )
     source.classes = list(classes)
     return source

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +18,7 @@ from adaptive_merge.data.images import Images
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.task_vectors import TaskVectors
-from adaptive_merge.suites.base import Suite
+from adaptive_merge.suites.base import Experts, Suite
 from adaptive_merge.suites.clip_folder import load_clip_folder
 from adaptive_merge.suites.embedded_tower import build_encoder
 
@@ -81,30 +80,15 @@ def _load_plain(
     backbone.image_mean, backbone.image_std = tuple(manifest["mean"]), tuple(manifest["std"])
     pretrained = _in_order(backbone, _read_tensors(folder, "pretrained.safetensors", manifest), folder)
     heads = _read_tensors(folder, "heads.safetensors", manifest)
+    experts = Experts(chosen, lambda task: _read_tensors(folder, f"experts/{task}.safetensors", manifest))
     try:
-        bank = TaskVectors.from_state_dicts(pretrained, _Experts(folder, chosen, manifest), dtype=getattr(torch, dtype))
+        bank = TaskVectors.from_state_dicts(pretrained, experts, dtype=getattr(torch, dtype))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     images = {task: _read_images(folder, task, split, manifest) for task in chosen}
     return Suite(
         manifest["name"], bank, backbone, {task: _head(folder, heads, task, known[task]) for task in chosen}, images
     )
-
-
-class _Experts(Mapping[str, dict[str, Tensor]]):
-    """Reads an expert when it is asked for, so that one at a time is in memory."""
-
-    def __init__(self, folder: Path, tasks: list[str], manifest: dict[str, Any]) -> None:
-        self.folder, self.tasks, self.manifest = folder, tasks, manifest
-
-    def __getitem__(self, task: str) -> dict[str, Tensor]:
-        return _read_tensors(self.folder, f"experts/{task}.safetensors", self.manifest)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tasks)
-
-    def __len__(self) -> int:
-        return len(self.tasks)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -128,8 +112,7 @@ def _checked(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     path = folder / name
     if not path.is_file():
         raise MissingFileError(f"{path}: the suite lists this file but it is not there; restore it")
-    wanted = manifest["files"].get(name)
-    if wanted != hashlib.sha256(path.read_bytes()).hexdigest():
+    if manifest["files"].get(name) != hashlib.sha256(path.read_bytes()).hexdigest():
         raise InputError(f"{path}: its sha256 is not the one in suite.json; restore the file, or correct the manifest")
     return path
 
@@ -144,12 +127,12 @@ def _read_tensors(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str
 
 def _in_order(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The tensors in the backbone's order: a safetensors file gives them sorted by name."""
-    wanted = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
-    for name in (name for name in wanted if name not in state):
-        raise InputError(f"{folder / 'pretrained.safetensors'}: tensor {name!r} of the encoder is missing")
-    for name in (name for name in state if name not in wanted):
-        raise InputError(f"{folder / 'pretrained.safetensors'}: tensor {name!r} is not in the encoder")
-    return {name: state[name] for name in wanted}
+    names = [name for name, _ in (*backbone.named_parameters(), *backbone.named_buffers())]
+    missing, surplus = [name for name in names if name not in state], [name for name in state if name not in names]
+    if missing or surplus:
+        problem = f"{missing[0]!r} of the encoder is missing" if missing else f"{surplus[0]!r} is not in the encoder"
+        raise InputError(f"{folder / 'pretrained.safetensors'}: tensor {problem}")
+    return {name: state[name] for name in names}
 
 
 def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) -> Images:

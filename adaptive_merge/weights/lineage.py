@@ -10,7 +10,6 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.weights.manifest import Manifest, Weights
-from adaptive_merge.weights.open_clip_names import expected_shapes
 from adaptive_merge.weights.reader import check_finite, check_shapes
 
 __all__ = ["check_agreement"]
@@ -36,19 +35,17 @@ def check_agreement(
             Face models, whose fine-tuning leaves it alone; `"pretrained"` says that this holds for any other file.
 
     Raises:
-        InputError: QuickGELU differs or is unknown; another architecture; tensors missing, extra or transposed;
-            NaN or infinity; a projection that was lost.
+        InputError: QuickGELU differs or is unknown; another architecture; tensors of the expert missing, extra or
+            transposed; NaN or infinity; a projection that was lost.
     """
     base, source = pretrained.manifest, f"{expert.manifest.source} (task {name!r})"
     _check_stated(base)
     _check_stated(expert.manifest)
     dataclasses.replace(expert.manifest, source=source).filled(base, _REMEDY)
     expected = {key: tuple(tensor.shape) for key, tensor in pretrained.tensors.items()}
-    check_shapes(pretrained.tensors, expected_shapes(**base.architecture(), embed_dim=base.embed_dim), base.source)
     tensors, notes = _with_projection(pretrained, expert, source, projection)
     check_shapes(tensors, expected, source)
-    for weights in (pretrained, expert):
-        check_finite(weights.tensors, weights.manifest.source)
+    check_finite(tensors, source)
     state = _projection_state(pretrained, expert)
     embed_dim = tensors["proj"].shape[1] if "proj" in tensors else None
     notes = (*expert.manifest.notes, *notes)

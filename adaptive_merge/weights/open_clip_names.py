@@ -13,6 +13,7 @@ from torch import Tensor
 from adaptive_merge.errors import InputError
 
 __all__ = [
+    "BLOCK",
     "architecture_of",
     "expected_shapes",
     "fuse_attention",
@@ -23,19 +24,11 @@ __all__ = [
 
 Value = TypeVar("Value")
 
-_BLOCK: Final = (
-    "ln_1.weight",
-    "ln_1.bias",
-    "attn.in_proj_weight",
-    "attn.in_proj_bias",
-    "attn.out_proj.weight",
-    "attn.out_proj.bias",
-    "ln_2.weight",
-    "ln_2.bias",
-    "mlp.c_fc.weight",
-    "mlp.c_fc.bias",
-    "mlp.c_proj.weight",
-    "mlp.c_proj.bias",
+# Of one transformer block, in the image tower and in the text tower.
+BLOCK: Final = (
+    *("ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight"),
+    *("attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias"),
+    *("mlp.c_proj.weight", "mlp.c_proj.bias"),
 )
 _BLOCK_INDEX: Final = re.compile(r"transformer\.resblocks\.(\d+)\.")
 _SPLIT: Final = re.compile(r"(.*\.attn\.)([qkv])(_proj_weight|(?:_proj)?\.weight|(?:_proj)?\.bias)$")
@@ -48,7 +41,7 @@ _LEFTOVER: Final = re.compile(
 
 def parameter_names(layers: int, *, projection: bool = True) -> list[str]:
     """Names in `VisionTransformer.named_parameters()` order: 8 + 12 · layers (152 for ViT-B/32), one less without."""
-    blocks = [f"transformer.resblocks.{index}.{name}" for index in range(layers) for name in _BLOCK]
+    blocks = [f"transformer.resblocks.{index}.{name}" for index in range(layers) for name in BLOCK]
     head = ["class_embedding", "positional_embedding", *(["proj"] if projection else []), "conv1.weight"]
     return [*head, "ln_pre.weight", "ln_pre.bias", *blocks, "ln_post.weight", "ln_post.bias"]
 
@@ -116,13 +109,13 @@ def architecture_of(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 def tower_prefix(names: Iterable[str], marker: str, path: str) -> str | None:
     """What stands before `marker` (a tensor that only the image tower has), or None where it is not there."""
-    found = sorted({name.removesuffix(marker) for name in names if name == marker or name.endswith(f".{marker}")})
-    if len(found) > 1:
+    prefixes = sorted({name.removesuffix(marker) for name in names if name == marker or name.endswith(f".{marker}")})
+    if len(prefixes) > 1:
         raise InputError(
-            f"`{path}`: {len(found)} image towers in one file, at {', '.join(map(repr, found[:4]))}; expected one; "
-            "save the one that is meant as a file of its own"
+            f"`{path}`: {len(prefixes)} image towers in one file, at {', '.join(map(repr, prefixes[:4]))}; expected "
+            "one; save the one that is meant as a file of its own"
         )
-    return found[0] if found else None
+    return prefixes[0] if prefixes else None
 
 
 def is_text_leftover(name: str) -> bool:
@@ -144,14 +137,14 @@ def fuse_attention(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
             continue
         kind = "in_proj_bias" if match[3].endswith("bias") else "in_proj_weight"
         parts.setdefault(match[1] + kind, {})[match[2]] = tensor
-    for name, found in parts.items():
-        missing = [letter for letter in "qkv" if letter not in found]
-        shapes = {letter: tuple(tensor.shape) for letter, tensor in found.items()}
+    for name, split in parts.items():
+        missing = [letter for letter in "qkv" if letter not in split]
+        shapes = {letter: tuple(tensor.shape) for letter, tensor in split.items()}
         if missing or name in fused or len(set(shapes.values())) > 1:
             raise InputError(
                 f"`{path}`: cannot join q, k, v into `{name}`: found "
                 f"{shapes}{' and the fused one' * (name in fused)}, expected q, k and v of one shape; the file is "
                 "incomplete or mixes two layouts"
             )
-        fused[name] = torch.cat([found[letter] for letter in "qkv"])
+        fused[name] = torch.cat([split[letter] for letter in "qkv"])
     return fused

@@ -40,18 +40,7 @@ _DTYPES: Final = {
 }
 _DTYPE_NAMES: Final = {
     name: getattr(torch, name)
-    for name in (
-        "float64",
-        "float32",
-        "float16",
-        "bfloat16",
-        "int64",
-        "int32",
-        "int16",
-        "int8",
-        "uint8",
-        "bool",
-    )
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
 
 
@@ -97,10 +86,10 @@ class Stub:
         return Stub()
 
     def __setitem__(self, _key: Any, _value: Any) -> None:
-        """Items of dict-like strangers are dropped."""
+        """Items of dict-like objects are dropped."""
 
     def append(self, _value: Any) -> None:
-        """Items of list-like strangers are dropped."""
+        """Items of list-like objects are dropped."""
 
     extend = add = append
 
@@ -166,17 +155,17 @@ def read_pickle_stream(file: IO[bytes], name: str, storages: dict[str, StorageRe
     """
     end = checked_span(file, name)
     try:
-        found = _Reader(file, storages if storages is not None else {}).load()
+        content = _Unpickler(file, storages if storages is not None else {}).load()
     except Exception as error:
         raise InputError(
             f"{name}: refused, the pickle does something that no saved model needs ({type(error).__name__}: {error}); "
             "nothing in it was run"
         ) from error
     file.seek(end)
-    return found
+    return content
 
 
-class _Reader(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     """`find_class` is the only door from a name in the file to an object, and it opens on stubs."""
 
     def __init__(self, file: IO[bytes], storages: dict[str, StorageRecord]) -> None:

@@ -14,6 +14,7 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.weights.files import open_entries
 from adaptive_merge.weights.folders import read_json
 from adaptive_merge.weights.open_clip import OpenClip
+from adaptive_merge.weights.open_clip_names import BLOCK
 from adaptive_merge.weights.sources import locate, reader_of
 
 __all__ = ["TextTower", "read_text_tower"]
@@ -69,11 +70,6 @@ _REMEDY: Final = (
     "zero-shot heads and complete open_clip folders need the text tower, so give a full open_clip CLIP (not only its "
     "image tower; Hugging Face's text names are not read)"
 )
-_BLOCK: Final = (
-    *("ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight"),
-    *("attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias"),
-    *("mlp.c_proj.weight", "mlp.c_proj.bias"),
-)
 _SINGLE: Final = (
     *("positional_embedding", "text_projection", "logit_scale", "token_embedding.weight"),
     *("ln_final.weight", "ln_final.bias"),
@@ -81,7 +77,7 @@ _SINGLE: Final = (
 
 
 def _names(layers: int) -> list[str]:
-    return [*_SINGLE, *(f"transformer.resblocks.{index}.{name}" for index in range(layers) for name in _BLOCK)]
+    return [*_SINGLE, *(f"transformer.resblocks.{index}.{name}" for index in range(layers) for name in BLOCK)]
 
 
 def _config(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:

@@ -69,10 +69,10 @@ class TorchFile:
             return _nested_numbers(storage.nested, f"`{self.path}`: storage of `{name}`")
         start, size = self.places.get(storage.key or "", (0, -1))
         if size != storage.numel * storage.dtype.itemsize:
-            found = "no such record" if size < 0 else f"{size} bytes"
+            stored = "no such record" if size < 0 else f"{size} bytes"
             raise InputError(
                 f"`{self.path}`: storage of `{name}` should have {storage.numel:.3g} numbers of {storage.dtype}, "
-                f"found {found}; refused before allocation, get the file from its source again"
+                f"found {stored}; refused before allocation, get the file from its source again"
             )
         return _from_bytes(self.buffer, storage.dtype, storage.numel, start)
 
@@ -104,11 +104,11 @@ def _open_zip(path: Path, buffer: mmap.mmap) -> TorchFile:
             "expected one; it was not written by torch.save (give a .pt or .safetensors file or a model folder)"
         )
     prefix = pickles[0].removesuffix("data.pkl")
-    wanted = (f"{prefix}data.pkl", f"{prefix}byteorder", f"{prefix}data/")
+    read = (f"{prefix}data.pkl", f"{prefix}byteorder", f"{prefix}data/")
     places = {
         member.filename.removeprefix(prefix): _member_place(path, buffer, member)
         for member in members
-        if member.filename.startswith(wanted)
+        if member.filename.startswith(read)
     }
     if "byteorder" in places and _bytes(buffer, places["byteorder"]).strip() != b"little":
         raise InputError(f"`{path}`: written big-endian; save it again on a little-endian machine")

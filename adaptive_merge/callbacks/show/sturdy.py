@@ -58,8 +58,8 @@ class Sturdy(Logger):
         if self._prepare is not None and rank_zero_only.rank == 0:
             prepare, self._prepare = self._prepare, None
             self.attempt(prepare)
-        found = self.attempt(lambda: self.inner.experiment)
-        return DummyExperiment() if found is None else found
+        experiment = self.attempt(lambda: self.inner.experiment)
+        return DummyExperiment() if experiment is None else experiment
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Scalars of a step."""

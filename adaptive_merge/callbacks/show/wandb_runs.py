@@ -41,7 +41,7 @@ def protect(logger: Logger, folder: str | Path, resumed: bool = False) -> Logger
 
 
 def _prepare(logger: WandbLogger, folder: Path, resumed: bool) -> None:
-    """Set what `wandb.init` will get, where the user has not said otherwise."""
+    """Set what `wandb.init` will get, where the user has not set it."""
     # Tables are staged as files, in the user's home unless told otherwise; there is no setting for it, and wandb
     # reads its environment when it is first used.
     os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "staging"))
