@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Final
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -43,10 +42,14 @@ _BOUND: Final = frozenset(("training", "tasks", "groups", "group_of", "free"))
 _LEARNING: Final = re.compile(r"objective|stage|learning rate|betas|weight|coefficients: (init|trainable|groups)\b")
 
 
-def of_parts(module: pl.LightningModule, transforms: Sequence[Any]) -> Identity:
+def of_parts(module: Any, transforms: Sequence[Any]) -> Identity:
     """Objective, stages, transforms, coefficients, adapters and heads of a module that has learned nothing yet.
 
     Asked once, when the module is made: later a part that does not keep its arguments apart may hold other values.
+
+    Args:
+        module: an `AdaptiveMerge`.
+        transforms: that its task vectors went through.
     """
     stages = list(module.stages)
     parts = of_part("objective", stages[0].objective) if len(stages) == 1 else {"stages": len(stages)}
@@ -67,11 +70,11 @@ def of_heads(heads: Mapping[str, Tensor | nn.Module]) -> Identity:
     return entries
 
 
-def of_method(module: pl.LightningModule, parts: Identity) -> Identity:
+def of_method(module: Any, parts: Identity) -> Identity:
     """The module's method: its parts, its optimiser and its experts.
 
     Args:
-        module: as it is now.
+        module: an `AdaptiveMerge`, as it is now.
         parts: `of_parts`, from when the module was made.
     """
     return {
@@ -272,5 +275,5 @@ def digest(tensor: Tensor) -> str:
     """sha256 of type, shape and values."""
     content = tensor.detach().cpu().contiguous()
     hashed = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-    hashed.update(memoryview(content.flatten().view(torch.uint8).numpy()))
+    hashed.update(content.flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()

@@ -80,7 +80,8 @@ def test_an_old_run_of_other_parts_does_not_load(copied):
     with pytest.raises(am.InputError, match="another adapter 1: rank: 16, this run has 8"):
         load_run("runs/surgery_adamerging")
     changed(folder, lambda model: model["adapters"][0]["init_args"].update(rank=16))
-    changed(folder, lambda model: model["stages"][1]["objective"]["init_args"].update(kind="l2"))
+    objective = {"class_path": "FeatureDistance", "init_args": {"blocks": True}}
+    changed(folder, lambda model: model["stages"][1]["init_args"].update(objective=objective))
     with pytest.raises(am.InputError, match="another stage 2: objective: blocks: False, this run has True"):
         load_run("runs/surgery_adamerging")
 
@@ -154,13 +155,10 @@ def test_names_that_lay_elsewhere_are_translated(name):
 
 def test_arguments_that_were_kept_elsewhere_are_compared_and_what_followed_from_them_is_not():
     recorded = {"objective": "mine.Own", "objective: filters": True, "objective: count": 0}
-    assert upgraded(recorded, {"objective: confident": False}) == {
-        "objective": "mine.Own",
-        "objective: confident": True,
-    }
+    today = {"objective": "mine.Own", "objective: confident": True}
+    assert upgraded(recorded, {"objective: confident": False}) == today
     assert upgraded(recorded, {"objective: filters": False})["objective: filters"] is True
     assert upgraded({"protocol: unseen": ["thai"]}, {"protocol: tasks": []}) == {"protocol: tasks": ["thai"]}
     assert upgraded({}, {"objective: new": 1, "objective": "mine.Own"}) == {"objective: new": 1}
-    assert upgraded({"transform 1": "builtins.function"}, {"transform 1": "mine.halve"}) == {
-        "transform 1": "mine.halve"
-    }
+    function = {"transform 1": "mine.halve"}
+    assert upgraded({"transform 1": "builtins.function"}, function) == function
