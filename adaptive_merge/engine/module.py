@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from adaptive_merge.adapters import Adapter
 from adaptive_merge.coefficients import Fixed
 from adaptive_merge.data.stream import TaskStream
-from adaptive_merge.engine import identity, step
+from adaptive_merge.engine import identity
 from adaptive_merge.engine.frozen import FrozenOutputs
-from adaptive_merge.engine.losses import StepLosses
+from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.scoring import TaskScore
+from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews, View
 from adaptive_merge.errors import InputError, did_you_mean
@@ -49,9 +50,10 @@ class AdaptiveMerge(pl.LightningModule):
         adapter_lr: of the adapters; default `lr`.
         betas: Adam's betas.
         weight_decay: above 0, decoupled as in AdamW.
-        accumulate: `"joint"` runs all tasks' images of a step as one batch, best on GPUs. `"per_task"` runs
-            and back-propagates one task after the other, so that one task's activations are alive at a time;
-            the gradients are the same. `"auto"`: joint on CUDA, per task elsewhere.
+        accumulate: `"joint"` runs all tasks' images of a step as one batch, best on GPUs and for small batches.
+            `"per_task"` runs and back-propagates one task after the other, so that one task's activations are alive
+            at a time; the gradients are the same. `"auto"`: joint where the activations are a small part of the
+            device's memory.
         cache: folder that keeps what frozen networks say about the images between runs; default: in memory.
         unseen: tasks whose experts are left out of the merge; they are scored with their own heads, without
             adapters. From the command line the protocol `Unseen` says which.
@@ -106,6 +108,7 @@ class AdaptiveMerge(pl.LightningModule):
         self.scores = nn.ModuleList(TaskScore() for _ in task_vectors.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
+        self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
         self.view: View = "adapted"
         self._compares = False
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
@@ -145,7 +148,7 @@ class AdaptiveMerge(pl.LightningModule):
         """Logits [B, C] of the adapted model for images of one task."""
         return self.model(task, images).logits
 
-    def training_step(self, batch: step.Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update on unlabelled batches, task → {"image", "index"}, and "weight" where processes hold unequal parts.
 
         What the model said about the images, before it learns from them, is in `said`: task → logits [B, C].
@@ -155,20 +158,18 @@ class AdaptiveMerge(pl.LightningModule):
         def expert(task: str) -> Prediction:
             return self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
 
-        losses = StepLosses(objective, batch, expert, self._mean_over_ranks, self._owns_tasks())
-        if not batch:  # more processes than tasks
-            loss = torch.stack([0.0 * value.sum() for value in self.learned if value.requires_grad]).sum()
-            loss = loss + self.model.backbone.idle(self._joint(objective))
-        elif self._joint(objective):
-            loss = step.joint(self.model, batch, losses)
+        step = Step(self.model, objective, batch, expert, self._mean_over_ranks, self._owns_tasks())
+        if self._joint(objective, batch):
+            loss = step.joint()
         else:
             parts = {} if objective.needs_blocks else batch
-            known = {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
-            loss = step.per_task(self.model, batch, losses, known, objective.needs_blocks)
-        self.said = losses.said
-        self._log_step(losses.gather(loss, self.tasks, self._processes), losses.entropies, losses.kept)
+            loss = step.per_task(
+                {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
+            )
+        self.said = step.logits
+        self._log_step(step.gather(loss, self.tasks, self._processes), step.entropies, step.kept)
         # Lightning cannot skip a step by returning None on several processes.
-        self._nothing_kept &= bool(losses.kept) and not any(losses.kept.values())
+        self._nothing_kept &= bool(step.kept) and not any(step.kept.values())
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -300,9 +301,16 @@ class AdaptiveMerge(pl.LightningModule):
             self.model.adapters.requires_grad_(stage.learn != "coefficients")
         return stage.objective
 
-    def _joint(self, objective: Objective) -> bool:
-        wanted = self.accumulate == "joint" or (self.accumulate == "auto" and self.device.type == "cuda")
-        return wanted and self.model.shares_tower and self.coefficients.learns and not objective.needs_blocks
+    def _joint(self, objective: Objective, batch: Batch) -> bool:
+        """Whether a step is one graph; the same answer on all processes."""
+        fits = self.model.shares_tower and self.coefficients.learns and not objective.needs_blocks
+        if self.accumulate != "auto" or not fits:
+            return fits and self.accumulate == "joint"
+        if self._small is None:
+            images = [part["image"] for part in batch.values()]
+            small = joint_is_small(self.model.backbone, images, self._processes) if images else False
+            self._small = self._trainer.strategy.broadcast(small) if self._processes > 1 else small
+        return self._small
 
     def _log_step(self, loss: Tensor, entropies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
         self.log("train/loss", loss, prog_bar=True, batch_size=1)

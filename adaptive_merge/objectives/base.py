@@ -7,7 +7,6 @@ that keeps three images here and seven there weighs them alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,12 +23,15 @@ class Prediction:
     Args:
         features: [B, d], after the task's adapters.
         logits: [B, C] of the task's head.
-        blocks: mean token [B, width] after each block, where somebody asked for it.
+        blocks: mean token [B, width] after each block, where an objective looks at them.
+        statistics: [S], what `Objective.statistics` gives for the images, averaged over all images of the task on all
+            processes; None outside a step.
     """
 
     features: Tensor
     logits: Tensor
     blocks: tuple[Tensor, ...] = ()
+    statistics: Tensor | None = None
 
 
 class Objective(ABC):
@@ -44,9 +46,6 @@ class Objective(ABC):
     filters: bool = False
     """Whether `keep` may leave images out."""
 
-    average: Callable[[Tensor], Tensor] = staticmethod(lambda value: value)
-    """Makes a mean over this process's images of a task one over all processes' images; the module sets it."""
-
     @abstractmethod
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
         """The loss of each image, [B]; `expert` is the frozen expert's prediction for the same images."""
@@ -54,3 +53,10 @@ class Objective(ABC):
     def keep(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
         """Which images count, bool [B]; not differentiated. Asked where `filters` is true; default: all."""
         return torch.ones_like(prediction.logits[:, 0], dtype=torch.bool)
+
+    def statistics(self, prediction: Prediction, expert: Prediction | None) -> Tensor | None:
+        """[B, S] of which `losses` needs the mean over all images of the task, not this process's alone; no gradient.
+
+        The engine hands the mean back as `prediction.statistics`. Default: none is needed.
+        """
+        return None

@@ -12,7 +12,8 @@ from data.data_sets import WRITERS, save
 from torch.nn import functional as F
 
 import adaptive_merge as am
-from adaptive_merge.suites.check import check_suite, data_command
+from adaptive_merge.cli.data import data_command
+from adaptive_merge.suites.check import check_suite
 from adaptive_merge.suites.clip_folder import load_clip_folder
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32}
@@ -101,7 +102,7 @@ def test_tasks_are_chosen_by_name_and_order(suite):
 
 
 def test_one_expert_is_read_at_a_time(suite, monkeypatch):
-    from adaptive_merge.data import clip_suite
+    from adaptive_merge.suites import clip_suite
 
     alive, most = [], []
     read = clip_suite.read_weights

@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
+from adaptive_merge.coefficients.files import load_coefficients, save_coefficients
 from adaptive_merge.coefficients.published import from_table, read_adamerging, read_fusion_bench, read_tinting
 from adaptive_merge.errors import InputError, MissingFileError
-from adaptive_merge.weights import load_coefficients, save_coefficients
 from adaptive_merge.weights.huggingface import from_huggingface
 from adaptive_merge.weights.open_clip_names import parameter_names
 from weights.checkpoint_helpers import write
