@@ -13,9 +13,12 @@ import hashlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +37,7 @@ Identity = dict[str, Any]
 
 _KEY: Final = "adaptive_merge"
 _VECTORS: Final = "task vectors"
-_DEPTH: Final = 2  # parts of parts of parts are nobody's setting
+_DEPTH: Final = 3  # of settings in settings; an object may hold itself
 _SHOWN: Final = 120  # characters of a value in a message
 # What torch and binding to a bank add to a part's own attributes.
 _BOUND: Final = frozenset(("training", "tasks", "groups", "group_of", "free"))
@@ -64,9 +67,11 @@ def of_heads(heads: Mapping[str, Tensor | nn.Module]) -> Identity:
     """Frozen heads, by the digest of their values; a head that is a module by its kind and settings as well."""
     entries: Identity = {}
     for task, head in heads.items():
-        name, frozen = f"head of task {task!r}", isinstance(head, nn.Module)
-        entries |= of_part(name, head) if frozen else {name: digest(head)}
-        entries |= {f"{name}: {key}": digest(value) for key, value in head.state_dict().items()} if frozen else {}
+        name = f"head of task {task!r}"
+        if isinstance(head, Tensor):
+            entries[name] = digest(head)
+        else:
+            entries |= of_part(name, head) | {f"{name}: {key}": digest(v) for key, v in head.state_dict().items()}
     return entries
 
 
@@ -118,8 +123,8 @@ def of_part(name: str, part: Any, depth: int = _DEPTH) -> Identity:
     """A part as its kind and its settings: `name` and `name: setting` → plain value.
 
     Numbers, strings, bools, None and sequences of these stand for themselves, tensors for their digest, functions
-    for their name, mappings and objects for their own settings. Secrets are hidden; what else a setting holds
-    does not count.
+    for their name, mappings and objects for their own settings, and whatever has no attributes, such as a `Path`,
+    for how it is written. Secrets are hidden; what cannot be told from another by these does not count.
     """
     if part is None:
         return {}
@@ -147,8 +152,7 @@ def settings(part: Any) -> dict[str, Any]:
     values = {name: getattr(part, name) for name in arguments if _holds(part, name)} | _declared(part)
     if set(arguments) <= values.keys():
         return values
-    public = {name: value for name, value in getattr(part, "__dict__", {}).items() if not name.startswith("_")}
-    return {name: public[name] for name in public if not (isinstance(part, nn.Module) and name in _BOUND)} | values
+    return {name: value for name, value in getattr(part, "__dict__", {}).items() if _is_public(part, name)} | values
 
 
 def describe(method: Identity, name: str) -> str:
@@ -222,6 +226,11 @@ def _holds(part: Any, name: str) -> bool:
     return on_class is None or name in getattr(part, "__dict__", {}) or inspect.isdatadescriptor(on_class)
 
 
+def _is_public(part: Any, name: str) -> bool:
+    derived = isinstance(inspect.getattr_static(type(part), name, None), cached_property)
+    return not (derived or name.startswith("_") or (isinstance(part, nn.Module) and name in _BOUND))
+
+
 def _declared(part: Any) -> Mapping[str, Any]:
     on_class = inspect.getattr_static(type(part), "settings", None)
     if on_class is None:
@@ -233,21 +242,23 @@ def _declared(part: Any) -> Mapping[str, Any]:
 
 
 def _of_setting(name: str, value: Any, depth: int) -> Identity:
-    plain = _plain(value)
+    plain = _plain(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
     if plain:
         return {name: scrub(plain[0], name.rpartition(": ")[2])}
     if isinstance(value, Tensor):
         return {name: digest(value)}
     if hasattr(value, "__qualname__"):  # functions and classes
         return {name: kind(value)}
-    if not depth:
-        return {}
-    if isinstance(value, Mapping):
+    if isinstance(value, np.ndarray):
+        return {name: digest(torch.from_numpy(value))}
+    if isinstance(value, Mapping) and depth:
         parts = [_of_setting(f"{name}: {key}", part, depth - 1) for key, part in value.items()]
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple)) and depth:
         parts = [_of_setting(f"{name} {number}", part, depth - 1) for number, part in enumerate(value, 1)]
+    elif isinstance(value, Enum) or not hasattr(value, "__dict__"):
+        parts = [] if " at 0x" in repr(value) else [{name: scrub(repr(value), name.rpartition(": ")[2])}]
     else:
-        parts = [of_part(name, value, depth - 1)] if hasattr(value, "__dict__") else []
+        parts = [of_part(name, value, depth - 1)] if depth else []
     return {key: entry for part in parts for key, entry in part.items()}
 
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import shutil
+from enum import Enum
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -401,6 +404,33 @@ def test_settings_are_the_arguments_of_the_constructor(part, settings):
 def test_what_learns_and_what_a_class_has_are_no_arguments():
     settings = identity.settings(module(adapters=[Learned(0.5)]).model.adapters[0])
     assert settings == {"start": 0.5, "place": 2}
+
+
+class Mode(Enum):
+    HARD = 1
+    SOFT = 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Mode.HARD, Mode.SOFT),
+        (Path("a"), Path("b")),
+        ({"x", "y"}, {"x", "z"}),
+        (torch.float32, torch.bfloat16),
+        (np.zeros(2000), np.eye(1, 2000, 999)[0]),
+        ({"a": [Inner(1)]}, {"a": [Inner(2)]}),
+        (torch.relu, torch.tanh),
+    ],
+)
+def test_a_setting_of_any_kind_tells_parts_apart(one, other):
+    first, second = (identity.of_part("objective", Mine(prior=value)) for value in (one, other))
+    assert first != second
+    assert first == identity.of_part("objective", Mine(prior=one))
+
+
+def test_an_object_that_only_has_an_address_is_no_setting():
+    assert "objective: prior" not in identity.of_part("objective", Mine(prior=object()))
 
 
 def test_settings_that_are_no_mapping_are_a_named_mistake():
