@@ -20,7 +20,7 @@ _HOMES = {
     "suites.clip_suite": ["ClipSuite", "load_clip_suite"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "export": ["export_model", "load_adapters", "save_adapters"],
-    "merge": ["MergedBackbone", "TaskVectors"],
+    "merge": ["MergedBackbone", "Rule", "TaskVectors"],
     "engine.module": ["AdaptiveMerge"],
     "runs.online": ["prequential"],
     "objectives": ["Entropy", "ExpertDivergence", "FeatureDistance", "Objective", "Prediction", "PseudoLabel"],

@@ -191,7 +191,7 @@ class MergedBackbone(nn.Module):
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """Plain tensors that load into the plain backbone with `load_state_dict`."""
-        merged = {name: value.detach().clone() for name, value in self.merge().items()}
+        merged = {name: value.clone() for name, value in self.merge_with(self.coefficients.settled()).items()}
         persistent = self.skeleton.state_dict().keys()
         return {name: (merged | self.constants)[name] for name in persistent}
 
