@@ -10,15 +10,17 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.errors import InputError
 from adaptive_merge.privacy import scrub
+
+if TYPE_CHECKING:
+    from adaptive_merge.engine.module import AdaptiveMerge
 
 __all__ = ["Identity", "check", "of_data", "of_method", "of_part", "of_parts"]
 
@@ -33,7 +35,7 @@ _SHOWN: Final = 120  # characters of a value in a message
 _NO_SETTINGS: Final = frozenset(("training", "tasks", "groups", "group_of", "free"))
 
 
-def of_parts(module: pl.LightningModule, transforms: Sequence[Any]) -> Identity:
+def of_parts(module: AdaptiveMerge, transforms: Sequence[Any]) -> Identity:
     """Objective, stages, transforms, coefficients, adapters and heads of a module that has learned nothing yet.
 
     Asked once, when the module is made: later the coefficients are no longer the start values, and an objective may
@@ -52,7 +54,7 @@ def of_parts(module: pl.LightningModule, transforms: Sequence[Any]) -> Identity:
     return found | {f"head of task {task!r}": _digest(head) for task, head in module.model.heads.items()}
 
 
-def of_method(module: pl.LightningModule, parts: Identity) -> Identity:
+def of_method(module: AdaptiveMerge, parts: Identity) -> Identity:
     """The module's method: its parts, its optimiser and its experts.
 
     Args:
@@ -194,5 +196,5 @@ def _shown(entries: Mapping[Any, Any], name: Any) -> str:
 def _digest(tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-    digest.update(memoryview(content.flatten().view(torch.uint8).numpy()))
+    digest.update(content.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
