@@ -24,6 +24,8 @@ class TaskScore(Metric):
     """
 
     full_state_update = False
+    bins: Tensor
+    compared: Tensor
 
     def __init__(self) -> None:
         super().__init__()
