@@ -6,6 +6,8 @@ it compares the merge, direction by direction, with the task vectors it was made
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.inner import apply_inner
-from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, check_qkv, pieces, svd
+from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, check_qkv, pieces, svd
 
 __all__ = ["SVC", "svc"]
 
@@ -28,24 +30,35 @@ class SVC(Transform):
         transform: what makes the merge; default none, which is task arithmetic.
         scale: the equal coefficient of the merge that is calibrated. The result does not scale with it.
         a: least response that is counted, > 0. Published: 0.1 on task arithmetic, 0.2 on Iso-CTS, 1.0 on TSV-M.
+        other: what is no matrix: `"merged"`, as published, stays as it is in the merge; `"mean"` becomes the mean of
+            the task vectors, as in TSV-M and Iso-C.
         qkv: `"fused"` or `"split"`: Q, K and V as matrices of their own.
     """
 
     def __init__(
-        self, transform: Transform | None = None, scale: float = 0.3, a: float = 0.1, qkv: QKV = "fused"
+        self,
+        transform: Transform | None = None,
+        scale: float = 0.3,
+        a: float = 0.1,
+        other: Literal["merged", "mean"] = "merged",
+        qkv: QKV = "fused",
     ) -> None:
         if a <= 0:
             raise InputError(f"SVC divides by the least response a, which has to be above 0; got {a}")
-        self.transform, self.scale, self.a, self.qkv = transform, scale, a, check_qkv(qkv)
+        if other not in ("merged", "mean"):
+            raise InputError(f"SVC leaves other tensors 'merged' or makes them the 'mean', got other {other!r}")
+        self.transform, self.scale, self.a, self.other, self.qkv = transform, scale, a, other, check_qkv(qkv)
 
     @torch.no_grad()
     def __call__(self, bank: TaskVectors) -> TaskVectors:
         found = apply_inner(self.transform, bank).vectors
         for piece in pieces(bank.layout, self.qkv):
             parts = self.scale * found[:, piece.part].double().view(-1, *piece.shape)
+            experts = bank.vectors[:, piece.part].double().view_as(parts)
             if piece.matrix and parts.any():
-                experts = bank.vectors[:, piece.part].double().view_as(parts)
                 parts = svc(parts, experts, self.a)
+            elif not piece.matrix and self.other == "mean":
+                parts = average(experts)
             found[:, piece.part] = parts.flatten(1).to(found.dtype)
         return bank.with_vectors(found)
 
