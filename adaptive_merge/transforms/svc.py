@@ -6,7 +6,7 @@ it compares the merge, direction by direction, with the task vectors it was made
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.inner import apply_inner
 from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, check_qkv, pieces, svd
 
-__all__ = ["SVC", "svc"]
+__all__ = ["FLAT", "SVC", "svc"]
+
+FLAT: Final = 1e-4
+"""Relative difference up to which leading singular values count as equal; float32 leaves about 1e-6 between them."""
 
 
 class SVC(Transform):
@@ -59,7 +62,7 @@ class SVC(Transform):
                 parts = svc(parts, experts, self.a)
             elif not piece.matrix and self.other == "mean":
                 parts = average(experts)
-            found[:, piece.part] = parts.flatten(1).to(found.dtype)
+            found[:, piece.part] = parts.reshape(len(found), -1).to(found.dtype)
         return bank.with_vectors(found)
 
 
@@ -70,10 +73,22 @@ def svc(parts: Tensor, experts: Tensor, a: float) -> Tensor:
     where it has none. What lies outside the directions of Δ cancels in the sum and stays as it is.
     """
     merged = parts.sum(0)
-    u, s, _ = svd(merged)
+    u, s = _directions(merged, experts.sum(0))
     shared, own = u.T @ merged, u.T @ experts
     power = own.square().sum(-1)
     response = torch.where(power > 0, (shared * own).sum(-1) / power, 0.0)
     gamma = 1 / response.clamp_min(a).mean(0)
     change = torch.where(s > RANK_TOLERANCE * s[0], gamma - 1, 0.0)
     return parts + (u * change) @ (u.T @ parts)
+
+
+def _directions(merged: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """U and S of a merge, where leading values are equal along the directions of the summed experts.
+
+    Iso makes them equal, and then every rotation of U is a left basis too: which one comes back would be the solver's
+    choice, and γ differs between them. (A bfloat16 bank does not hold Iso well enough to see that they are equal.)
+    """
+    u, s, _ = svd(merged)
+    flat = int((s > (1 - FLAT) * s[0]).sum())
+    turn = svd(u[:, :flat].T @ experts)[0]
+    return torch.cat([u[:, :flat] @ turn, u[:, flat:]], 1), s
