@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptive_merge.adapters import Adapter
+from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
-from adaptive_merge.objectives import Prediction
+from adaptive_merge.objectives.base import Prediction
 
 __all__ = ["AdaptedModel"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adaptive_merge as am
-from adaptive_merge.task_vectors import Layout
+from adaptive_merge.merge.layout import Layout
 
 torch.set_num_threads(1)
 WIDTH, TASKS = 12, ("a", "b", "c")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import adaptive_merge as am
-from adaptive_merge.task_vectors import Layout
+from adaptive_merge.merge.layout import Layout
 from adaptive_merge.transforms import (
     CART,
     SVC,
