@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ class Adapter(nn.Module, ABC):
     order of the tasks, because a task may have a name that no module may have.
     """
 
-    changes_tower: ClassVar[bool] = False
+    changes_tower: bool = False
     """Whether `weights` or `block` is overridden, so that tasks cannot share one forward of the tower."""
 
     tasks: tuple[str, ...] = ()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptive_merge.adapters import Adapter
+from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
-from adaptive_merge.objectives import Prediction
+from adaptive_merge.objectives.base import Prediction
 
 __all__ = ["AdaptedModel"]
 
@@ -42,8 +43,8 @@ class AdaptedModel(nn.Module):
         self.tasks = backbone.task_vectors.tasks
         known = (*self.tasks, *unseen)
         _check_heads(heads, known, getattr(backbone.skeleton, "output_dim", None))
-        self.__dict__["heads"] = {task: heads[task].detach().float() for task in known}
-        self.adapters = nn.ModuleList(adapter.bind(backbone, self.heads) for adapter in adapters)
+        self.heads = {task: heads[task].detach().float() for task in known}
+        self.adapters: ListOf[Adapter] = ListOf(adapter.bind(backbone, self.heads) for adapter in adapters)
 
     @property
     def shares_tower(self) -> bool:
@@ -69,7 +70,7 @@ class AdaptedModel(nn.Module):
             adapted: False leaves the adapters out.
             blocks: also give the mean token after each block.
         """
-        adapters = self.adapters if adapted and task in self.tasks else ()
+        adapters = tuple(self.adapters) if adapted and task in self.tasks else ()
         means: list[Tensor] = []
         if features is None:
             weights = self.backbone.merge() if weights is None else weights
@@ -77,7 +78,7 @@ class AdaptedModel(nn.Module):
                 weights = adapter.weights(task, weights)
             edits = self._edits(task, adapters, means) if blocks or not (self.shares_tower or not adapted) else {}
             features = self.backbone(images, weights, edits)
-            means = [mean[: len(images)] for mean in means]
+            means = [mean[: len(features)] for mean in means]
         return self._classify(task, features, adapters, tuple(means))
 
     def _classify(
@@ -114,7 +115,7 @@ class AdaptedModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedModel:
         super()._apply(fn, recurse)
         device = self.backbone.device
-        self.__dict__["heads"] = {task: head.to(device) for task, head in self.heads.items()}
+        self.heads = {task: head.to(device) for task, head in self.heads.items()}
         return self
 
 

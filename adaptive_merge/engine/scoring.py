@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from adaptive_merge.objectives import Prediction, jensen_shannon, normalised_entropy
+from adaptive_merge.objectives.base import Prediction
+from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy
 
 __all__ = ["CRITERIA", "TaskScore"]
 
@@ -24,6 +25,8 @@ class TaskScore(Metric):
     """
 
     full_state_update = False
+    bins: Tensor
+    compared: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -34,4 +34,4 @@ def suit_ddp(trainer: pl.Trainer, partly_used: bool) -> None:
         options = {"find_unused_parameters": partly_used, "gradient_as_bucket_view": True}
         upstream.add_ddp_options(trainer.strategy, options)
         if trainer.max_steps == 0:  # only scored; DDP refuses a module of which nothing learns
-            trainer.strategy.configure_ddp = lambda: None
+            trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]

@@ -11,7 +11,9 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptive_merge.adapters import Adapter, BlockSurgery, FeatureSurgery, Tint
+from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.adapters.surgery import BlockSurgery, FeatureSurgery
+from adaptive_merge.adapters.tint import Tint
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
