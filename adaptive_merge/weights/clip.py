@@ -50,11 +50,7 @@ def build_tower(architecture: Manifest, tensors: dict[str, Tensor], source: str)
     """
     with torch.device("meta"):
         tower = VisionTransformer(
-            architecture.image_size,
-            architecture.patch,
-            architecture.width,
-            architecture.layers,
-            architecture.heads,
+            *(architecture.image_size, architecture.patch, architecture.width, architecture.layers, architecture.heads),
             (architecture.mlp_width + 0.5) / architecture.width,  # open_clip rounds the product down
             output_dim=architecture.embed_dim,
             act_layer=QuickGELU if architecture.quick_gelu else nn.GELU,

@@ -36,17 +36,15 @@ def read_head(path: str | Path) -> Tensor:
     weight = loaders[weights[0]]().to(torch.float32)
     if weight.dim() != 2:
         raise InputError(f"`{path}`: tensor `{weights[0]}`: expected [classes, width], found {tuple(weight.shape)}")
-    tensors = {weights[0]: weight}
+    check_finite({weights[0]: weight}, str(path))
     bias = weights[0].removesuffix("weight") + "bias"
-    if bias in loaders:
-        tensors[bias] = loaders[bias]().to(torch.float32)
-        check_finite(tensors, str(path))
-        if tensors[bias].any():
-            raise InputError(
-                f"`{path}`: tensor `{bias}`: expected zeros as in every zero-shot head, found values up to "
-                f"{tensors[bias].abs().max():.3g}; a head that was trained with its bias is read as a tint instead"
-            )
-    check_finite(tensors, str(path))
+    values = loaders[bias]().to(torch.float32) if bias in loaders else torch.zeros(1)
+    if values.any():
+        check_finite({bias: values}, str(path))
+        raise InputError(
+            f"`{path}`: tensor `{bias}`: expected zeros as in every zero-shot head, found values up to "
+            f"{values.abs().max():.3g}; give the zero-shot head of this task"
+        )
     _check_normalises(path)
     return weight.contiguous()
 

@@ -30,6 +30,7 @@ BLOCK: Final = (
     *("attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias"),
     *("mlp.c_proj.weight", "mlp.c_proj.bias"),
 )
+_FIRST_MLP: Final = "transformer.resblocks.0.mlp.c_fc.weight"
 _BLOCK_INDEX: Final = re.compile(r"transformer\.resblocks\.(\d+)\.")
 _SPLIT: Final = re.compile(r"(.*\.attn\.)([qkv])(_proj_weight|(?:_proj)?\.weight|(?:_proj)?\.bias)$")
 _LEFTOVER: Final = re.compile(
@@ -75,19 +76,13 @@ def architecture_of(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
         tensors: anything with a `shape`, by open_clip's names.
     """
     blocks = {int(match[1]) for name in tensors if (match := _BLOCK_INDEX.match(name))}
-    needed = (
-        "class_embedding",
-        "positional_embedding",
-        "conv1.weight",
-        "transformer.resblocks.0.mlp.c_fc.weight",
-    )
-    missing = [name for name in needed if name not in tensors]
+    ranks = {"class_embedding": 1, "positional_embedding": 2, "conv1.weight": 4, _FIRST_MLP: 2}
+    missing = [name for name in ranks if name not in tensors]
     if missing:
         raise InputError(
             f"`{path}`: no tensor `{missing[0]}`; expected a CLIP vision transformer (ResNet, timm and text towers "
             "are not read); convert the file to an open_clip or Hugging Face CLIP folder"
         )
-    ranks = dict(zip(needed, (1, 2, 4, 2)))
     for name, rank in ranks.items():
         if len(tensors[name].shape) != rank:
             raise InputError(
@@ -102,7 +97,7 @@ def architecture_of(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
         "layers": max(blocks) + 1,
         "patch": patch,
         "image_size": side * patch,
-        "mlp_width": int(tensors[needed[3]].shape[0]),
+        "mlp_width": int(tensors[_FIRST_MLP].shape[0]),
         "embed_dim": None if projection is None else int(projection.shape[-1]),
     }
 

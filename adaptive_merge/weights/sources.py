@@ -74,7 +74,7 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, Manifest]:
     path = Path(rest if kind == "local-dir" else source).expanduser()
     if kind == "local-dir" and not path.is_dir():
         raise MissingFileError(f"`{path}`: no such folder; `local-dir:` takes the path of an open_clip folder")
-    if path.exists():
+    if path.is_dir() or path.is_file():
         return path, Manifest(source)
     if _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES) and not path.parent.exists():
         return _hub(source, revision)

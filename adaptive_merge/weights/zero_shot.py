@@ -59,12 +59,8 @@ def zero_shot_head(
             return cached
     weight = _embed(model, tokenizer, class_names, templates, batch_size)
     if place is not None:
-        about = {
-            "backbone": backbone,
-            "classes": json.dumps(list(class_names)),
-            "templates": json.dumps(list(templates)),
-        }
-        save_sealed(place, {"weight": weight}, about)
+        texts = {"classes": json.dumps(list(class_names)), "templates": json.dumps(list(templates))}
+        save_sealed(place, {"weight": weight}, {"backbone": backbone, **texts})
     return weight
 
 
@@ -90,11 +86,7 @@ def _cached(place: Path) -> Tensor | None:
 
 @torch.no_grad()
 def _embed(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    class_names: Sequence[str],
-    templates: Sequence[str],
-    batch_size: int,
+    model: nn.Module, tokenizer: Tokenizer, class_names: Sequence[str], templates: Sequence[str], batch_size: int
 ) -> Tensor:
     device = next(model.parameters()).device
     texts = [template.replace(_PLACE, name) for name in class_names for template in templates]
