@@ -49,7 +49,15 @@ def of_parts(module: pl.LightningModule, transforms: Sequence[Any]) -> Identity:
     found |= of_part("coefficients", module.coefficients) | _start(module.coefficients)
     for number, adapter in enumerate(module.model.adapters, 1):
         found |= of_part(f"adapter {number}", adapter)
-    return found | {f"head of task {task!r}": _digest(head) for task, head in module.model.heads.items()}
+    for task, head in module.model.heads.items():
+        found |= _of_head(f"head of task {task!r}", head.bare())
+    return found
+
+
+def _of_head(name: str, head: Tensor | nn.Module) -> Identity:
+    if isinstance(head, Tensor):
+        return {name: _digest(head)}
+    return of_part(name, head) | {f"{name}: {key}": _digest(value) for key, value in head.state_dict().items()}
 
 
 def of_method(module: pl.LightningModule, parts: Identity) -> Identity:

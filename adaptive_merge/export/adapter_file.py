@@ -78,7 +78,9 @@ def _manifest(module: AdaptiveMerge) -> dict[str, Any]:
         "adapters": [_describe(adapter) for adapter in module.model.adapters],
         "experts": module.merged_fingerprints,
         "task vectors": module.model.backbone.task_vectors.fingerprint,
-        "heads": {task: _digest(head) for task, head in module.model.heads.items()},
+        "heads": {
+            task: " ".join(map(_digest, head.state_dict().values())) for task, head in module.model.heads.items()
+        },
     }
 
 

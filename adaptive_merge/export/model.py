@@ -52,9 +52,9 @@ def export_model(
     _check_request(folder, format, text)
     folded = fold(module, task)
     if folded.left and format != "onnx":
+        owner = "what all tasks share" if task is None else f"task {task!r}"
         raise InputError(
-            f"task {task!r} cannot be folded into {format}: {'; '.join(folded.left)}. Export it as onnx, or leave out "
-            "--task: the shared merge is written, and what the task has of its own stays in adapters.safetensors"
+            f"{owner} cannot be folded into {format}: {'; '.join(folded.left)}. Export it as onnx{_or(task)}"
         )
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -67,6 +67,15 @@ def export_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return f"wrote {format} to {folder}; {told}"
+
+
+def _or(task: str | None) -> str:
+    if task is None:
+        return ""
+    return (
+        ", or leave out --task: the shared merge is written, and what the task has of its own stays in "
+        "adapters.safetensors"
+    )
 
 
 def _fill(job: Job, format: str, check: bool, results: Mapping[str, Any] | None, command: str) -> str:

@@ -11,6 +11,7 @@ import torch
 import adaptive_merge as am
 from adaptive_merge.export import load_adapters, save_adapters
 from adaptive_merge.export.adapter_file import FORMAT
+from adaptive_merge.heads import CosineHead
 from adaptive_merge.sealed import load_sealed, save_sealed
 from export.export_helpers import build_module, build_tower
 
@@ -66,7 +67,7 @@ def test_what_it_does_not_belong_to_is_refused_and_left_as_it_was(path, changes,
 
 def test_other_heads_are_refused(path):
     module = blank()
-    module.model.heads["grey"] = module.model.heads["grey"] + 1e-3
+    module.model.heads["grey"] = CosineHead(module.model.heads["grey"].weight + 1e-3)
     with pytest.raises(am.InputError, match="the head of task 'grey'"):
         load_adapters(module, path)
 
