@@ -20,6 +20,7 @@ _HOMES = {
     "suites.clip_suite": ["ClipSuite", "load_clip_suite"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "export": ["export_model", "load_adapters", "save_adapters"],
+    "heads": ["CosineHead", "Head", "LinearHead"],
     "merge": ["MergedBackbone", "TaskVectors"],
     "engine.module": ["AdaptiveMerge"],
     "runs.online": ["prequential"],

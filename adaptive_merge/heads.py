@@ -20,10 +20,10 @@ __all__ = ["Accuracy", "CosineHead", "Head", "HeadLike", "LinearHead", "frozen_h
 class Head(nn.Module, ABC):
     """What a task makes of features: logits, a prediction, and how good it is.
 
-    A head speaks of *units*: an image, a token, a pixel. It gives a row of logits per unit, U = k · B rows for B images,
-    those of the first image first, with the same k for every image of a task. Labels, losses, `Objective.keep` and
-    `Objective.statistics` are per unit as well. As all images have equally many, a mean over units weighs images alike,
-    however they lie on processes. Features stay one row [d] per image.
+    A head speaks of *units*: an image, a token, a pixel. It gives a row of logits per unit, U = k · B rows for B
+    images, those of the first image first, with the same k for every image of a task. Labels, losses, `Objective.keep`
+    and `Objective.statistics` are per unit as well. As all images have equally many, a mean over units weighs images
+    alike, however they lie on processes. Features stay one row [d] per image.
 
     The model takes a copy of its own, frozen and in float32. It moves with the model, and no `state_dict` holds it.
 

@@ -89,8 +89,14 @@ class Alarm:
         return f"task {self.task!r}: {what}" if self.task else what
 
 
+def _largest(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 @torch.no_grad()
-def sums(prediction: Prediction, expert: Prediction, width: int, predict: Callable[[Tensor], Tensor]) -> Tensor:
+def sums(
+    prediction: Prediction, expert: Prediction, width: int, predict: Callable[[Tensor], Tensor] = _largest
+) -> Tensor:
     """What `Signals` are read from, float64 [6 + 2 · width] on the CPU; the sums of processes add up.
 
     Args:
