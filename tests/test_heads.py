@@ -1,4 +1,4 @@
-"""Heads of every kind: the weight of a zero-shot classifier, a linear layer, and one of a user's with two units an image."""
+"""Heads of every kind: a zero-shot classifier's weight, a linear layer, and a user's with two units an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import TASKS, write_manifest
-from fitting import Trajectory, fit
+from fitting import fit
 from safetensors.torch import load_file, save_file
 from torch import nn
 from users_method import Halves
@@ -18,6 +18,7 @@ import adaptive_merge as am
 from adaptive_merge.__main__ import main
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.heads import frozen_heads
+from adaptive_merge.runs.checkpoint import read_checkpoint
 
 SILENT = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
 
@@ -128,11 +129,13 @@ def test_scores_count_units(toy, bank, images):
 
 def test_the_guard_and_the_ledger_take_units(toy, bank, images, tmp_path):
     module = am.AdaMerging(bank, toy, {task: Halves(torch.randn(classes, 3)) for task, classes in TASKS.items()})
-    guard = am.Guard()
-    settings = SILENT | {"default_root_dir": tmp_path, "callbacks": [guard, am.Ledger(str(tmp_path)), Trajectory()]}
+    watched = [am.Guard(every=1, images=4, on_collapse="warn"), am.Ledger(str(tmp_path))]
+    settings = SILENT | {"limit_val_batches": 0, "default_root_dir": tmp_path, "callbacks": watched}
     trainer = pl.Trainer(max_steps=2, enable_model_summary=False, num_sanity_val_steps=0, **settings)
-    trainer.fit(module, datamodule=am.TaskStream(images, 4, protocol=am.Online()))
-    assert trainer.global_step == 2
+    trainer.fit(module, datamodule=am.TaskStream(images, 4))
+    assert watched[0].history and trainer.global_step == 2
+    with pytest.raises(am.InputError, match="29 labels for 58 predictions"):
+        pl.Trainer(**SILENT).validate(module, am.TaskStream(images))
 
 
 class Fives(am.LinearHead):
@@ -201,10 +204,7 @@ def test_linear_heads_of_a_suite_work_from_yaml_to_export(tmp_path, monkeypatch,
     assert main([*command, "3", "--run.name", "whole", "--run.report", "false"]) == 0
     assert main([*command, "2", "--run.report", "false"]) == 0
     assert main([*command, "3", "--run.if_exists", "resume"]) == 0
-    states = [
-        torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=False)["state_dict"]
-        for name in ("whole", "quick")
-    ]
+    states = [read_checkpoint(f"runs/{name}/checkpoints/last.ckpt")["state_dict"] for name in ("whole", "quick")]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert {"results.json", "report.html"} <= {path.name for path in (tmp_path / "runs" / "quick").iterdir()}
     assert main(["merge", "runs/quick"]) == 0

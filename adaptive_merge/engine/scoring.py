@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from adaptive_merge.errors import InputError
 from adaptive_merge.heads import Head
 from adaptive_merge.objectives import Prediction, jensen_shannon, normalised_entropy
 
@@ -39,6 +40,10 @@ class TaskScore(Metric):
     def update(self, ours: Prediction, labels: Tensor, expert: Prediction | None = None) -> None:
         """Add a batch: logits [U, C] against labels [U], and against what the expert says about the same images."""
         predicted, labels = self._predict(ours.logits), labels.flatten()
+        if len(predicted) != len(labels):
+            raise InputError(
+                f"{len(labels)} labels for {len(predicted)} predictions: give a label for each row of the head's logits"
+            )
         self.metric.update(predicted, labels)
         if not len(labels):
             return
