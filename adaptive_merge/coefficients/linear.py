@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,14 @@ class Coefficients(Rule):
         self.values = nn.Parameter(start, requires_grad=self.trainable)
         self.free = self.trainable and self.bounds == "free"
         return self
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the arguments do not say: what is weighed and, of a file to start from, its values and not its path."""
+        groups = hashlib.sha256(repr((self.groups, self.group_of)).encode()).hexdigest()
+        reads = isinstance(self.init, str) and self.init not in ("average", "metagpt")
+        start = {"init": f"values of sha256 {self.fingerprint}"} if reads else {}
+        return {"groups": f"{len(self.groups)}, sha256 {groups}"} | start
 
     @abstractmethod
     def group_names(self, layout: Layout) -> list[str]:

@@ -286,8 +286,9 @@ class AdaptiveMerge(pl.LightningModule):
         return identity.of_method(self, self._parts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which method and data the few kilobytes belong to."""
-        checkpoint["adaptive_merge"] = {"method": self.method, "data": self._data or identity.of_data(None)}
+        """Say which method and data the few kilobytes belong to; the recipe's label is for people."""
+        data = self._data or identity.of_data(None)
+        checkpoint["adaptive_merge"] = {"recipe": self.recipe, "method": self.method, "data": data}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what was learned by another method or, to go on learning, on other data."""

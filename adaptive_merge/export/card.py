@@ -9,6 +9,7 @@ from string import Template
 from typing import Any, Final
 
 from adaptive_merge import __version__
+from adaptive_merge.engine.identity import describe
 from adaptive_merge.engine.teachers import VIEWS
 from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
 from adaptive_merge.export.tower import image_size
@@ -46,22 +47,24 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
     module, backbone = job.module, job.module.model.backbone
     height, width = image_size(backbone)
     text = Template(resources.files("adaptive_merge.export").joinpath("card.md").read_text(encoding="utf-8"))
-    kinds = [type(adapter).__name__ for adapter in module.model.adapters]
+    method = module.method
+    adapters = [f"adapter {number}" for number, _ in enumerate(module.model.adapters, 1)]
+    numbers = sum(value.numel() for value in module.coefficients.parameters())
     content = text.substitute(
         library=_LIBRARY[format],
         title=f"{_plain(module.recipe)}: {len(module.tasks)} experts in one model",
         summary=f"A merge of {len(module.tasks)} fine-tuned image encoders, adapted on unlabelled test images.",
         protocol=_protocol(results),
         recipe=_plain(module.recipe),
-        coefficients=f"{module.coefficients.granularity}-wise, {module.coefficients.values.numel()} numbers",
-        adapters=", ".join(kinds) or "none",
+        coefficients=_plain(f"{describe(method, 'coefficients')}, {numbers:,} numbers"),
+        adapters=_plain(", ".join(describe(method, name) for name in adapters)) or "none",
         scope="all tasks (shared merge)" if job.task is None else f"task {_plain(job.task)}",
         format=format,
         images=32,
         verified=verified,
         tasks=_tasks(module.tasks, results),
         files=_files(job.folder),
-        notes=_notes(job, format, kinds),
+        notes=_notes(job, format, [_plain(method[name]) for name in adapters]),
         load=_LOAD[format],
         size=height if height == width else f"{height} x {width}",
         mean=list(getattr(backbone.skeleton, "image_mean", None) or OPENAI_MEAN),

@@ -26,7 +26,7 @@ class FeatureDistance(Objective):
     def __init__(self, kind: Distance = "l1", blocks: bool = False) -> None:
         if kind not in ("l1", "l2", "smooth_l1", "cosine"):
             raise InputError(f"unknown feature distance {kind!r}; choose 'l1', 'l2', 'smooth_l1' or 'cosine'")
-        self.kind, self.needs_blocks = kind, blocks
+        self.kind, self.blocks, self.needs_blocks = kind, blocks, blocks
 
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
         pairs = [(prediction.features, expert.features)]
@@ -46,7 +46,7 @@ class PseudoLabel(Objective):
     needs_expert = True
 
     def __init__(self, soft: bool = False, confident: bool = False) -> None:
-        self.soft, self.filters = soft, confident
+        self.soft, self.confident, self.filters = soft, confident, confident
 
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
         target = expert.logits.softmax(-1) if self.soft else expert.logits.argmax(-1)

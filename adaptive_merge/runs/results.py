@@ -17,6 +17,7 @@ from torch import Tensor
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.runs.online import prequential
+from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.scoring import CRITERIA
 from adaptive_merge.engine.teachers import VIEWS
 
@@ -87,12 +88,12 @@ def summary(
     found: dict[str, Any] = {"schema": SCHEMA, "recipe": module.recipe, "seed": stream.seed}
     found["protocol"] = {
         "name": stream.protocol.name,
-        "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in vars(stream.protocol).items()},
+        "settings": {name: list(v) if isinstance(v, tuple) else v for name, v in settings(stream.protocol).items()},
         "adapted_on": {task: int(row["adapted"].sum()) for task, row in rows.items()},
         "scored_on": {task: int(row["scored"].sum()) for task, row in rows.items()},
     }
     if stream.corruption:
-        found["corruption"] = dict(vars(stream.corruption))
+        found["corruption"] = settings(stream.corruption)
     if stream.protocol.one_pass and steps:
         passes = {
             task: prequential(rows[task], stream.images[task].labels, stream.draws.order(task)) for task in module.tasks

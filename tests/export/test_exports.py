@@ -183,6 +183,8 @@ def test_the_card_says_what_is_in_it(tmp_path, module):
     assert "| green/blue | 1,234 | 10.0 | 90.0 | 50.0 | 62.5 |" in card and "adaptive-merge export mine" in card
     assert all(digest in card for digest in module.experts.fingerprints.values())
     assert str(tmp_path) not in card and "$" not in card
+    assert "| coefficients | LayerWise (init 0.3, bounds clamp, trainable True), " in card
+    assert "| adapters | " in card
 
 
 def test_the_exported_adapters_fit_a_fresh_module(tmp_path, tinted, batch):
