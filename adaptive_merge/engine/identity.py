@@ -65,7 +65,7 @@ def of_parts(module: Any, transforms: Sequence[Any]) -> Identity:
 
 
 def of_heads(heads: Mapping[str, Head]) -> Identity:
-    """Frozen heads, by the digest of their values; one that a plain tensor could not be by kind and settings as well."""
+    """Frozen heads, by the digest of their values; all but a plain cosine weight by kind and settings as well."""
     entries: Identity = {}
     for task, head in heads.items():
         name, bare = f"head of task {task!r}", head.bare()
