@@ -21,7 +21,7 @@ _HOMES = {
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "export": ["export_model", "load_adapters", "save_adapters"],
     "heads": ["CosineHead", "Head", "LinearHead"],
-    "merge": ["MergedBackbone", "TaskVectors"],
+    "merge": ["MergedBackbone", "Rule", "TaskVectors"],
     "engine.module": ["AdaptiveMerge"],
     "runs.online": ["prequential"],
     "objectives": ["Entropy", "ExpertDivergence", "FeatureDistance", "Objective", "Prediction", "PseudoLabel"],

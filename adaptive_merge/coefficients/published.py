@@ -199,7 +199,7 @@ def _table_in_source(path: Path, method: str, model: str) -> list[list[float]]:
         constants = {item.value for item in ast.walk(node.test) if isinstance(item, ast.Constant)}
         values: list[Any] = [item.value for item in node.body if isinstance(item, ast.Assign)]
         if {method, model} <= constants and len(values) == 1:
-            return ast.literal_eval(values[0])  # type: ignore[no-any-return]
+            return ast.literal_eval(values[0])
     raise InputError(f"`{path}`: no table for method {method!r} and model {model!r}; look into the file for its names")
 
 

@@ -150,7 +150,7 @@ def settings(part: Any) -> dict[str, Any]:
     that still leaves an argument open, all public attributes count, as they are when a module is made of it.
     """
     arguments = _arguments(type(part))
-    values = {name: getattr(part, name) for name in arguments if _holds(part, name)} | _declared(part)
+    values = {name: getattr(part, name) for name in arguments if _holds(part, name)} | dict(_declared(part))
     if set(arguments) <= values.keys():
         return values
     return {name: value for name, value in getattr(part, "__dict__", {}).items() if _is_public(part, name)} | values
@@ -211,7 +211,7 @@ def _arguments(part: type) -> list[str]:
             break
         if "__init__" not in vars(base):
             continue
-        _, *parameters = inspect.signature(base.__init__).parameters.values()
+        _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
         named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
         names += named
         if len(named) == len(parameters):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters import Adapter
+from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.heads import HeadLike, frozen_heads
 from adaptive_merge.merge.backbone import Edit, MergedBackbone
@@ -45,7 +46,7 @@ class AdaptedModel(nn.Module):
         self.tasks = backbone.task_vectors.tasks
         # In a plain dict they are no submodules, so that no checkpoint holds them.
         self.heads = frozen_heads(heads, (*self.tasks, *unseen), getattr(backbone.skeleton, "output_dim", None))
-        self.adapters = nn.ModuleList(adapter.bind(backbone, self.heads) for adapter in adapters)
+        self.adapters: ListOf[Adapter] = ListOf(adapter.bind(backbone, self.heads) for adapter in adapters)
 
     @property
     def shares_tower(self) -> bool:
@@ -100,14 +101,14 @@ class AdaptedModel(nn.Module):
     def _features(
         self,
         task: str | None,
-        images: Tensor,
+        images: Tensor | None,
         weights: Mapping[str, Tensor] | None,
         adapters: Sequence[Adapter],
         means: Means,
     ) -> Tensor:
         weights = self.backbone.merge() if weights is None else weights
         for adapter in adapters:
-            weights = adapter.weights(task if adapter.needs_task else None, weights)
+            weights = adapter.weights(_subject(adapter, task), weights)
         return self.backbone(images, weights, self._edits(task, adapters, weights, means))
 
     def _classify(
@@ -131,7 +132,7 @@ class AdaptedModel(nn.Module):
     ) -> list[tuple[str, Edit]]:
         """Submodule and what happens to its output, in order: sites, then blocks, whose mean tokens are then noted."""
         edits: list[tuple[str, Edit]] = [
-            (name, partial(site, task if adapter.needs_task else None))
+            (name, partial(site, _subject(adapter, task)))
             for adapter in adapters
             for name, site in adapter.sites(self.backbone, weights).items()
         ]
@@ -148,13 +149,18 @@ class AdaptedModel(nn.Module):
         return self
 
 
+def _subject(adapter: Adapter, task: str | None) -> Any:
+    """The task, as far as the adapter's part in the tower is to know it."""
+    return task if adapter.needs_task else None
+
+
 def _edit_block(
     task: str | None, adapters: Sequence[Adapter], means: Means, index: int, _: Tensor | None, tokens: Tensor
 ) -> Tensor:
     with _no_autocast(tokens):
         edited = tokens.float()
         for adapter in adapters:
-            edited = adapter.block(task if adapter.needs_task else None, index, edited)
+            edited = adapter.block(_subject(adapter, task), index, edited)
         if means is not None:
             means.append(edited.mean(1) if edited.dim() == 3 else edited)
     return edited.to(tokens.dtype)

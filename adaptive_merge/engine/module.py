@@ -21,6 +21,7 @@ from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews, View
+from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.backbone import MergedBackbone
@@ -106,14 +107,15 @@ class AdaptiveMerge(pl.LightningModule):
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores = nn.ModuleList(TaskScore(self.model.heads[task]) for task in task_vectors.tasks)
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in task_vectors.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
         self.view: View = "adapted"
         self._compares = False
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
-        self._parts, self._data = identity.of_parts(self, transforms), None
+        self._parts = identity.of_parts(self, transforms)
+        self._data: identity.Identity | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -185,12 +187,12 @@ class AdaptiveMerge(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
-        stream = self.trainer.datamodule
-        if isinstance(stream, TaskStream) and set(stream.protocol.unseen) != set(self.unseen):
+        stream = self._stream
+        if stream and set(stream.protocol.unseen) != set(self.unseen):
             left_out = [list(stream.protocol.unseen), list(self.unseen)]
             raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
         if stage == "fit":
-            self._data = identity.of_data(self.trainer.datamodule)
+            self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
@@ -212,7 +214,7 @@ class AdaptiveMerge(pl.LightningModule):
             prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
             if self._compares and self.view != "pretrained" and task in self.tasks and source is not None:
                 expert = self.views.expert(task, batch, source)
-        self.scores[self.scored_tasks.index(task)].update(prediction, batch["label"], expert)
+        dict(zip(self.scored_tasks, self.scores))[task].update(prediction, batch["label"], expert)
         return {"features": prediction.features, "logits": prediction.logits}
 
     def on_validation_epoch_end(self) -> None:
@@ -223,8 +225,8 @@ class AdaptiveMerge(pl.LightningModule):
         counted = {task: values for task in shown if not (values := named[task].compute())["accuracy"].isnan()}
         found = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
         for name, tasks in {"accuracy": self.tasks, "accuracy_unseen": self.unseen}.items():
-            values = [found[f"{task}/accuracy"] for task in tasks if task in counted]
-            found |= {name: torch.stack(values).mean()} if values else {}
+            accuracies = [found[f"{task}/accuracy"] for task in tasks if task in counted]
+            found |= {name: torch.stack(accuracies).mean()} if accuracies else {}
         for key, value in found.items():
             # Loggers get the accuracies alone; the rest is for `results.json`.
             self.log(f"{self.view}/{key}", value, logger=None if "accuracy" in key.rsplit("/")[-1] else False)
@@ -267,7 +269,9 @@ class AdaptiveMerge(pl.LightningModule):
     def merged_state_dict(self, task: str | None = None) -> dict[str, Tensor]:
         """The merged weights as plain tensors that load into the plain backbone; with a task, its tints included."""
         merged = self.model.backbone.merged_state_dict()
-        for adapter in self.model.adapters if task else ():
+        if task is None:
+            return merged
+        for adapter in self.model.adapters:
             merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
         return merged
 
@@ -311,7 +315,7 @@ class AdaptiveMerge(pl.LightningModule):
         if self._small is None:
             images = [part["image"] for part in batch.values()]
             small = joint_is_small(self.model.backbone, images, self._processes) if images else False
-            self._small = self._trainer.strategy.broadcast(small) if self._processes > 1 else small
+            self._small = self.trainer.strategy.broadcast(small) if self._processes > 1 else small
         return self._small
 
     def _log_step(self, loss: Tensor, entropies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
@@ -322,26 +326,31 @@ class AdaptiveMerge(pl.LightningModule):
             self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
 
     @property
+    def _stream(self) -> TaskStream | None:
+        """The trainer's data module, where it is a stream of ours."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data if isinstance(data, TaskStream) else None
+
+    @property
     def _processes(self) -> int:
         return self._trainer.world_size if self._trainer else 1
 
     def _owns_tasks(self) -> bool:
         """Whether each process takes whole tasks."""
-        stream = self._trainer.datamodule if self._trainer else None
-        return self._processes > 1 and isinstance(stream, TaskStream) and stream.share == "tasks"
+        return self._processes > 1 and self._stream is not None and self._stream.share == "tasks"
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         many = self._processes > 1
-        return self._trainer.strategy.reduce(value.detach(), reduce_op="mean") if many else value.detach()
+        return self.trainer.strategy.reduce(value.detach(), reduce_op="mean") if many else value.detach()
 
     def _source(self, task: str) -> Any:
         """The images that a batch's indices point into; None in a loop without a TaskStream."""
-        stream = getattr(self._trainer, "datamodule", None)
-        return stream.images.get(task) if isinstance(stream, TaskStream) else None
+        return self._stream.images.get(task) if self._stream else None
 
 
 class _CloseBank(pl.Callback):
     """After an error a process merges alone again: it may have something to save."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        pl_module.model.backbone.placement.close()
+        if isinstance(pl_module, AdaptiveMerge):
+            pl_module.model.backbone.placement.close()

@@ -37,7 +37,9 @@ def upgraded(recorded: Mapping[Any, Any], current: Mapping[str, Any]) -> dict[An
     return entries
 
 
-def upgraded_adapters(manifest: Mapping[str, Any], current: Mapping[str, Any], heads: Mapping[str, Head]) -> dict:
+def upgraded_adapters(
+    manifest: Mapping[str, Any], current: Mapping[str, Any], heads: Mapping[str, Head]
+) -> dict[str, Any]:
     """The identity in the manifest of an adapter file of version 1, to be compared with `current`.
 
     Args:

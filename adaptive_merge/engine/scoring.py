@@ -29,6 +29,8 @@ class TaskScore(Metric):
     """
 
     full_state_update = False
+    bins: Tensor
+    compared: Tensor
 
     def __init__(self, head: Head) -> None:
         super().__init__()

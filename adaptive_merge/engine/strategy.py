@@ -6,8 +6,8 @@ from datetime import timedelta
 from typing import Final
 
 import pytorch_lightning as pl
-from lightning_fabric.plugins.collectives.torch_collective import default_pg_timeout
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from torch.distributed.constants import default_pg_timeout
 
 __all__ = ["PATIENCE", "bound_waiting", "suit_ddp"]
 
@@ -21,7 +21,7 @@ def bound_waiting(strategy: Strategy) -> None:
     """
     # The very object, not an equal one: it is the default of the strategies' argument.
     if getattr(strategy, "_timeout", None) is default_pg_timeout:
-        strategy._timeout = PATIENCE
+        strategy._timeout = PATIENCE  # type: ignore[attr-defined]
 
 
 def suit_ddp(trainer: pl.Trainer, partly_used: bool) -> None:
@@ -35,4 +35,4 @@ def suit_ddp(trainer: pl.Trainer, partly_used: bool) -> None:
         options = {"find_unused_parameters": partly_used, "gradient_as_bucket_view": True}
         trainer.strategy._ddp_kwargs = options | trainer.strategy._ddp_kwargs
         if trainer.max_steps == 0:  # only scored; DDP refuses a module of which nothing learns
-            trainer.strategy.configure_ddp = lambda: None
+            trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]

@@ -63,6 +63,8 @@ class MergedBackbone(nn.Module):
         InputError: the bank's parameters or buffers are not the backbone's.
     """
 
+    skeleton: nn.Module
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -79,8 +81,9 @@ class MergedBackbone(nn.Module):
         # Looking for tied weights anew in every forward takes longer than a merge of small tensors.
         self.tied = len(list(backbone.named_parameters(remove_duplicate=False))) > len(task_vectors.names)
         buffers = dict(backbone.named_buffers()) | dict(task_vectors.buffers)
-        self.__dict__["constants"] = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-        self.__dict__["_kept"] = self.__dict__["_scratch"] = None
+        self.constants = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        self._kept: tuple[object, dict[str, Tensor]] | None = None
+        self._scratch: Tensor | None = None
 
     @property
     def task_vectors(self) -> TaskVectors:
@@ -98,7 +101,7 @@ class MergedBackbone(nn.Module):
         if not rule.learns:
             version = (rule.version, self.device)
             if self._kept is None or self._kept[0] != version:
-                self.__dict__["_kept"] = (version, self.merge_with(rule.state()))
+                self._kept = (version, self.merge_with(rule.state()))
             return self._kept[1]
         views = _Merge.apply(self.placement, rule, *rule.state())
         return dict(zip(self.task_vectors.names, views))
@@ -113,7 +116,7 @@ class MergedBackbone(nn.Module):
         """The merged parameters as leaves that collect gradients, in a buffer that the next call writes over."""
         layout = self.task_vectors.layout
         if self._scratch is None or self._scratch.device != self.device:
-            self.__dict__["_scratch"] = torch.empty(layout.numel, device=self.device)
+            self._scratch = torch.empty(layout.numel, device=self.device)
         flat = self.placement.combine(self.coefficients, state, self._scratch)
         return {name: value.requires_grad_() for name, value in layout.unflatten(flat).items()}
 
@@ -198,7 +201,7 @@ class MergedBackbone(nn.Module):
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """Plain tensors that load into the plain backbone with `load_state_dict`."""
-        merged = {name: value.detach().clone() for name, value in self.merge().items()}
+        merged = {name: value.clone() for name, value in self.merge_with(self.coefficients.settled()).items()}
         persistent = self.skeleton.state_dict().keys()
         return {name: (merged | self.constants)[name] for name in persistent}
 
@@ -207,7 +210,7 @@ class MergedBackbone(nn.Module):
         # Only the device follows: θ₀, the rule and the merge stay float32 under any precision of the tower.
         device = fn(torch.empty(0, device=self.device)).device
         self.placement.to(device)
-        self.__dict__["constants"] = {name: buffer.to(device) for name, buffer in self.constants.items()}
+        self.constants = {name: buffer.to(device) for name, buffer in self.constants.items()}
         return self
 
 

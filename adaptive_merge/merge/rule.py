@@ -87,7 +87,7 @@ class Rule(nn.Module, ABC):
         values = [parameter.detach().cpu().contiguous() for parameter in self.parameters()]
         digest = hashlib.sha256()
         for value in values:
-            digest.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+            digest.update(value.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @torch.no_grad()

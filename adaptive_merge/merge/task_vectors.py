@@ -218,7 +218,7 @@ class TaskVectors:
 def _digest(tensor: Tensor, header: bytes = b"") -> str:
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     digest = hashlib.sha256(header)
-    digest.update(memoryview(raw.numpy()))
+    digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 

@@ -48,9 +48,10 @@ class Entropy(Objective):
         return math.inf if self.reliable is None else self.reliable * math.log(max(prediction.logits.shape[-1], 2))
 
     def statistics(self, prediction: Prediction, expert: Prediction | None) -> Tensor | None:
+        return self._counted(prediction) if self.diversity else None
+
+    def _counted(self, prediction: Prediction) -> Tensor:
         """[B, 1 + C]: whether an image counts, and its probabilities where it does."""
-        if not self.diversity:
-            return None
         kept = self.keep(prediction, None)[:, None]
         return torch.cat([kept, log_probabilities(prediction.logits.detach()).exp() * kept], 1)
 
@@ -58,5 +59,5 @@ class Entropy(Objective):
         """p̄ [C] of the images that count."""
         statistics = prediction.statistics
         if statistics is None:
-            statistics = self.statistics(prediction, None).mean(0)
+            statistics = self._counted(prediction).mean(0)
         return statistics[1:] / statistics[0].clamp_min(1e-12)

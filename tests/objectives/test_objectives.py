@@ -168,3 +168,9 @@ def test_normalised_entropy_spans_zero_to_one():
 def test_unknown_distance():
     with pytest.raises(InputError, match="unknown feature distance 'l3'"):
         FeatureDistance("l3")
+
+
+@pytest.mark.parametrize("objective", [FeatureDistance(), PseudoLabel(soft=True), PseudoLabel(), ExpertDivergence()])
+def test_without_an_expert_nothing_is_taught(objective):
+    with pytest.raises(InputError, match="give the expert's prediction"):
+        objective.losses(Prediction(torch.randn(2, 4), torch.randn(2, 3)), None)
