@@ -62,12 +62,15 @@ def export_model(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    training = module.training
+    module.eval()
     try:
         told = _fill(Job(module, folded, task, partial, text), format, check, results, command)
         if folder.is_dir():
             folder.rmdir()
         os.replace(partial, folder)
     finally:
+        module.train(training)
         shutil.rmtree(partial, ignore_errors=True)
     return f"wrote {format} to {folder}; {told}"
 

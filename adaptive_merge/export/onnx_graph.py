@@ -39,24 +39,20 @@ def write_onnx(module: AdaptiveMerge, task: str | None, path: Path) -> None:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"ONNX export needs the package {package!r}: pip install onnx onnxscript onnxruntime")
     backbone = module.model.backbone
-    training = module.training
     model = GraphModel(module, task).eval()
     example = torch.zeros(_EXAMPLES, 3, *image_size(backbone), device=backbone.device)
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                input_names=[INPUT],
-                output_names=[output_name(task)],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
-                verbose=False,
-            )
-            _forget_origin(program.model)
-            program.save(str(path))
-    finally:
-        module.train(training)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[output_name(task)],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
+            verbose=False,
+        )
+        _forget_origin(program.model)
+        program.save(str(path))
 
 
 def _forget_origin(model: Any) -> None:

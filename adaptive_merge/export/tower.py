@@ -167,11 +167,11 @@ def _not_plain(tower: nn.Module) -> str | None:
 @torch.no_grad()
 def reference(module: AdaptiveMerge, task: str | None, images: Tensor, logits: bool) -> Tensor:
     """What the module itself says of normalised images: features [B, d], or a task's logits [U, C]."""
-    images = images.to(module.model.backbone.device)
+    model, backbone = module.model, module.model.backbone
+    # As plain tensors: a rule may draw its state at random where it is not in evaluation mode.
+    merged = module.merged_state_dict(None if logits else task)
+    weights = {name: value for name, value in merged.items() if name not in backbone.constants}
+    images = images.to(backbone.device)
     if task is None:
-        return module.model.shared_features(images).cpu()
-    if logits:
-        return module(task, images).cpu()
-    backbone = module.model.backbone
-    weights = {name: value for name, value in module.merged_state_dict(task).items() if name not in backbone.constants}
-    return backbone(images, weights).cpu()
+        return model.shared_features(images, weights).cpu()
+    return (model(task, images, weights).logits if logits else backbone(images, weights)).cpu()

@@ -198,9 +198,10 @@ def test_the_exported_adapters_fit_a_fresh_module(tmp_path, tinted, batch):
 
 def test_onnx_holds_a_users_router_in_what_all_tasks_share(tmp_path, batch):
     need("onnx")
-    module = build_module(build_tower(act_layer=torch.nn.GELU), adapters=[Router(3)])
+    module = build_module(build_tower(act_layer=torch.nn.GELU), adapters=[Router(3)]).train()
     images = normalised(module, batch)
     export_model(module, tmp_path / "out", "onnx")
+    assert all(part.training for part in module.model.adapters.modules())
     with torch.no_grad():
         wanted = module.model.shared_features(images)
         assert not torch.allclose(wanted, module.model.backbone(images), atol=1e-3)
