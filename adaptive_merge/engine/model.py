@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_merge.adapters import Adapter
+from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.heads import HeadLike, frozen_heads
 from adaptive_merge.merge.backbone import Edit, MergedBackbone
-from adaptive_merge.objectives import Prediction
+from adaptive_merge.objectives.base import Prediction
 
 __all__ = ["AdaptedModel"]
 

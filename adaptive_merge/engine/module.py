@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from adaptive_merge.adapters import Adapter
-from adaptive_merge.coefficients import Fixed
+from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.frozen import FrozenOutputs
@@ -28,9 +28,10 @@ from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
 from adaptive_merge.merge.rule import Rule
 from adaptive_merge.merge.task_vectors import TaskVectors
-from adaptive_merge.objectives import Entropy, Objective, Prediction
+from adaptive_merge.objectives.base import Objective, Prediction
+from adaptive_merge.objectives.entropy import Entropy
 from adaptive_merge.schedule import Stage, at_step
-from adaptive_merge.transforms import Transform
+from adaptive_merge.transforms.base import Transform
 
 __all__ = ["AdaptiveMerge"]
 

@@ -8,7 +8,8 @@ from torchmetrics import Metric
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.heads import Head
-from adaptive_merge.objectives import Prediction, jensen_shannon, normalised_entropy
+from adaptive_merge.objectives.base import Prediction
+from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy
 
 __all__ = ["CRITERIA", "TaskScore"]
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from adaptive_merge.engine.model import AdaptedModel
-from adaptive_merge.objectives import Objective, Prediction, normalised_entropy
+from adaptive_merge.objectives.base import Objective, Prediction
+from adaptive_merge.objectives.functional import normalised_entropy
 
 __all__ = ["Batch", "Step"]
 

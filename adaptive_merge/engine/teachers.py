@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.merge.task_vectors import TaskVectors
-from adaptive_merge.objectives import Prediction
+from adaptive_merge.objectives.base import Prediction
 
 __all__ = ["VIEWS", "FrozenViews", "View"]
 

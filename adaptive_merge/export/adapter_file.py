@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from adaptive_merge.coefficients import Coefficients
+from adaptive_merge.coefficients.files import Coefficients
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.old_files import upgraded_adapters

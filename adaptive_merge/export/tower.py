@@ -68,7 +68,7 @@ def plain_tower(backbone: MergedBackbone, weights: Mapping[str, Tensor]) -> nn.M
     tower = copy.deepcopy(backbone.skeleton)
     for name, buffer in backbone.constants.items():
         owner, _, leaf = name.rpartition(".")
-        tower.get_submodule(owner)._buffers[leaf] = buffer.detach().cpu().clone()
+        setattr(tower.get_submodule(owner), leaf, buffer.detach().cpu().clone())
     tower.load_state_dict({name: value.detach().cpu() for name, value in weights.items()}, assign=True)
     return tower.requires_grad_(False).eval()
 

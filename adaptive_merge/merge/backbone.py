@@ -182,10 +182,11 @@ class MergedBackbone(nn.Module):
         weights = dict(self.merge() if parameters is None else parameters) | self.constants
         with _hooked(self.skeleton, edits):
             return torch.func.functional_call(
-                self.skeleton, weights, (self._normalise(images),), tie_weights=self.tied, strict=True
+                self.skeleton, weights, (self.normalise(images),), tie_weights=self.tied, strict=True
             )
 
-    def _normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images in uint8 as the tower wants them; any others as they are."""
         if images.dtype != torch.uint8:
             return images
         if getattr(self.skeleton, "image_mean", None) is None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
+from adaptive_merge.upstream import version_of
+
 if TYPE_CHECKING:
     from adaptive_merge.merge.parts import BankPart
     from adaptive_merge.merge.task_vectors import TaskVectors
@@ -79,7 +81,7 @@ class Rule(nn.Module, ABC):
     @property
     def version(self) -> tuple[int | bool, ...]:
         """Changes with the values, and between training and evaluation."""
-        return (self.training, *(parameter._version for parameter in self.parameters()))
+        return (self.training, *(version_of(parameter) for parameter in self.parameters()))
 
     @property
     def fingerprint(self) -> str:

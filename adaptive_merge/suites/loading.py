@@ -24,7 +24,7 @@ from adaptive_merge.suites.base import Suite
 from adaptive_merge.suites.clip_folder import load_clip_folder
 from adaptive_merge.suites.embedded_tower import build_encoder
 
-__all__ = ["load_suite"]
+__all__ = ["EMBEDDED", "load_suite", "read_manifest"]
 
 BankDtype = Literal["float32", "bfloat16"]
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -58,7 +58,7 @@ def load_suite(
         InputError: an unknown task; a file that is damaged or does not fit the others.
     """
     folder = EMBEDDED if name == "embedded" else Path(name)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if dtype not in get_args(BankDtype):
         raise InputError(f"unknown dtype {dtype!r} of a bank; choose {' or '.join(map(repr, get_args(BankDtype)))}")
     if manifest.get("kind") == "clip":
@@ -109,7 +109,8 @@ class _Experts(Mapping[str, dict[str, Tensor]]):
         return len(self.tasks)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of a suite's `suite.json`."""
     path = folder / "suite.json"
     if not path.is_file():
         raise MissingFileError(

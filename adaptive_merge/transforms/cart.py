@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.matrices import QKV, by_matrix, check_qkv, svd
 

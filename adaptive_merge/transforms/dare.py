@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 
 __all__ = ["DARE"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 
 __all__ = ["apply_inner"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.task_vectors import Layout, TaskVectors
+from adaptive_merge.merge.layout import Layout
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.inner import apply_inner
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.task_vectors import Layout, TaskVectors
+from adaptive_merge.merge.layout import Layout
+from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["QKV", "RANK_TOLERANCE", "Piece", "average", "by_matrix", "check_qkv", "pieces", "polar", "svd"]
 
@@ -29,7 +30,7 @@ class Piece(NamedTuple):
     matrix: bool
 
 
-def check_qkv(qkv: str) -> QKV:
+def check_qkv(qkv: QKV) -> QKV:
     """`qkv` itself.
 
     Raises:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, polar, svd
 
@@ -41,8 +41,8 @@ def tsvm(matrices: Tensor) -> Tensor:
     kept = min(matrices.shape[1:]) // len(matrices)
     if kept == 0:
         return average(matrices)
-    left, values, right = zip(*map(partial(_leading, kept=kept), matrices))
-    left, right = polar(torch.cat(left, 1)), polar(torch.cat(right, 1))
+    lefts, values, rights = zip(*map(partial(_leading, kept=kept), matrices))
+    left, right = polar(torch.cat(lefts, 1)), polar(torch.cat(rights, 1))
     scaled = left * torch.cat(values)
     return torch.stack([u @ v.T for u, v in zip(scaled.split(kept, 1), right.split(kept, 1))])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.matrices import QKV, average, by_matrix, check_qkv
 

@@ -17,7 +17,7 @@ from adaptive_merge.callbacks.guard.watch import Watch
 from adaptive_merge.callbacks.safe.ranks import Ranks
 from adaptive_merge.data.protocols import Online
 from adaptive_merge.errors import InputError
-from adaptive_merge.objectives import Prediction
+from adaptive_merge.objectives.base import Prediction
 
 FINE = Signals(images=32, agreement=0.8, js=0.1, entropy=0.3, norm=1.0, marginal=0.9, expert_marginal=0.95)
 NO_SCORING = {"limit_val_batches": 0}

@@ -29,7 +29,7 @@ def need(format):
 
 
 def normalised(module, batch):
-    return module.model.backbone._normalise(batch)
+    return module.model.backbone.normalise(batch)
 
 
 @torch.no_grad()

@@ -8,17 +8,10 @@ from torch.nn import functional as F
 
 import adaptive_merge as am
 from adaptive_merge.errors import InputError
-from adaptive_merge.objectives import (
-    Entropy,
-    ExpertDivergence,
-    FeatureDistance,
-    Prediction,
-    PseudoLabel,
-    entropy,
-    feature_distance,
-    jensen_shannon,
-    normalised_entropy,
-)
+from adaptive_merge.objectives.base import Prediction
+from adaptive_merge.objectives.entropy import Entropy
+from adaptive_merge.objectives.functional import entropy, feature_distance, jensen_shannon, normalised_entropy
+from adaptive_merge.objectives.taught import ExpertDivergence, FeatureDistance, PseudoLabel
 
 SCALES = [0.0, 1.0, 30.0, 1e4]
 EXTREME = torch.tensor([[1e4, -1e4, 0.0], [0.0, float("-inf"), 1.0], [0.0, 0.0, 0.0], [1e-30, -1e30, 1e30]])

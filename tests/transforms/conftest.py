@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from adaptive_merge.task_vectors import Layout
 
 import adaptive_merge as am
+from adaptive_merge.merge.layout import Layout
 
 torch.set_num_threads(1)
 WIDTH, TASKS = 12, ("a", "b", "c")

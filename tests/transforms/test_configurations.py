@@ -9,7 +9,7 @@ import yaml
 from torch.func import functional_call
 
 import adaptive_merge as am
-from adaptive_merge.transforms import Transform
+from adaptive_merge.transforms.base import Transform
 
 FOLDER = Path(__file__).parents[2] / "configs" / "embedded"
 ACCURACY = {"tsvm": 78.1, "iso_c": 77.1, "iso_cts": 77.1, "cart": 77.0, "svc": 72.8, "doge": 75.1, "wudi": 78.1}

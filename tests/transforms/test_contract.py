@@ -3,26 +3,24 @@
 import jsonargparse
 import pytest
 import torch
-from adaptive_merge.identity import of_part
 
 import adaptive_merge as am
-from adaptive_merge.transforms import (
-    CART,
-    DARE,
-    DOGE,
-    STAR,
-    SVC,
-    TSVM,
-    WUDI,
-    Breadcrumbs,
-    Consensus,
-    IsoC,
-    IsoCTS,
-    LayerDrop,
-    LiNeS,
-    Ties,
-    Transform,
-)
+from adaptive_merge.engine.identity import of_part
+from adaptive_merge.transforms.base import Transform
+from adaptive_merge.transforms.breadcrumbs import Breadcrumbs
+from adaptive_merge.transforms.cart import CART
+from adaptive_merge.transforms.consensus import Consensus
+from adaptive_merge.transforms.dare import DARE
+from adaptive_merge.transforms.doge import DOGE
+from adaptive_merge.transforms.iso_c import IsoC
+from adaptive_merge.transforms.iso_cts import IsoCTS
+from adaptive_merge.transforms.layer_drop import LayerDrop
+from adaptive_merge.transforms.lines import LiNeS
+from adaptive_merge.transforms.star import STAR
+from adaptive_merge.transforms.svc import SVC
+from adaptive_merge.transforms.ties import Ties
+from adaptive_merge.transforms.tsvm import TSVM
+from adaptive_merge.transforms.wudi import WUDI
 from transforms.conftest import build
 
 ALL = [

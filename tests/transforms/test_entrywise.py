@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from adaptive_merge.task_vectors import Layout
 
 import adaptive_merge as am
-from adaptive_merge.transforms import DARE, DOGE, STAR, Breadcrumbs, Consensus, LayerDrop, LiNeS, doge, tall_masks
+from adaptive_merge.merge.layout import Layout
+from adaptive_merge.transforms import DARE, DOGE, STAR, Breadcrumbs, Consensus, LayerDrop, LiNeS, doge
+from adaptive_merge.transforms.consensus import tall_masks
 from adaptive_merge.transforms.layer_drop import salience
 from adaptive_merge.transforms.lines import depth
 from adaptive_merge.transforms.matrices import pieces

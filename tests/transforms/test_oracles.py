@@ -4,20 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_merge.transforms import (
-    CART,
-    DOGE,
-    STAR,
-    SVC,
-    TSVM,
-    WUDI,
-    Breadcrumbs,
-    Consensus,
-    IsoC,
-    IsoCTS,
-    LiNeS,
-    Ties,
-)
+from adaptive_merge.transforms.breadcrumbs import Breadcrumbs
+from adaptive_merge.transforms.cart import CART
+from adaptive_merge.transforms.consensus import Consensus
+from adaptive_merge.transforms.doge import DOGE
+from adaptive_merge.transforms.iso_c import IsoC
+from adaptive_merge.transforms.iso_cts import IsoCTS
+from adaptive_merge.transforms.lines import LiNeS
+from adaptive_merge.transforms.star import STAR
+from adaptive_merge.transforms.svc import SVC
+from adaptive_merge.transforms.ties import Ties
+from adaptive_merge.transforms.tsvm import TSVM
+from adaptive_merge.transforms.wudi import WUDI
 from transforms import oracles
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from adaptive_merge.task_vectors import Layout
 
 import adaptive_merge as am
+from adaptive_merge.merge.layout import Layout
 from adaptive_merge.transforms import (
     CART,
     SVC,

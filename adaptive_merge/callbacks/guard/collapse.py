@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptive_merge.objectives import Prediction, entropy, jensen_shannon
+from adaptive_merge.objectives.base import Prediction
+from adaptive_merge.objectives.functional import entropy, jensen_shannon
 
 __all__ = ["Alarm", "Range", "Signals", "judge", "mean_change", "sums"]
 
