@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.old_files import upgraded
 from adaptive_merge.errors import InputError
+from adaptive_merge.heads import Head
 from adaptive_merge.privacy import scrub
 
 __all__ = [
@@ -63,13 +64,13 @@ def of_parts(module: Any, transforms: Sequence[Any]) -> Identity:
     return parts | _numbered("adapter", module.model.adapters) | of_heads(module.model.heads)
 
 
-def of_heads(heads: Mapping[str, Tensor | nn.Module]) -> Identity:
-    """Frozen heads, by the digest of their values; a head that is a module by its kind and settings as well."""
+def of_heads(heads: Mapping[str, Head]) -> Identity:
+    """Frozen heads, by the digest of their values; all but a plain cosine weight by kind and settings as well."""
     entries: Identity = {}
     for task, head in heads.items():
-        name = f"head of task {task!r}"
-        if isinstance(head, Tensor):
-            entries[name] = digest(head)
+        name, bare = f"head of task {task!r}", head.bare()
+        if isinstance(bare, Tensor):
+            entries[name] = digest(bare)
         else:
             entries |= of_part(name, head) | {f"{name}: {key}": digest(v) for key, v in head.state_dict().items()}
     return entries

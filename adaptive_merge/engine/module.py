@@ -23,6 +23,7 @@ from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews, View
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
 from adaptive_merge.merge.rule import Rule
@@ -41,7 +42,7 @@ class AdaptiveMerge(pl.LightningModule):
     Args:
         task_vectors: the bank of pre-trained weights and experts.
         backbone: any module that maps a batch to features [B, d]; its weights are not used.
-        heads: task → frozen classifier weight [C, d].
+        heads: task → frozen head: the weight [C, d] of a zero-shot classifier, a linear layer, or a `Head`.
         recipe: name of this choice of parts, for results and reports.
         transforms: applied to the task vectors in order, before merging.
         coefficients: how many coefficients, where they start, how they are bounded. Default `Fixed(0.3)`.
@@ -68,7 +69,7 @@ class AdaptiveMerge(pl.LightningModule):
         self,
         task_vectors: TaskVectors,
         backbone: nn.Module,
-        heads: Mapping[str, Tensor],
+        heads: Mapping[str, HeadLike],
         recipe: str = "custom",
         transforms: Sequence[Transform] = (),
         coefficients: Rule | None = None,
@@ -107,7 +108,7 @@ class AdaptiveMerge(pl.LightningModule):
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores: ListOf[TaskScore] = ListOf(TaskScore() for _ in task_vectors.tasks)
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in task_vectors.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
@@ -308,7 +309,8 @@ class AdaptiveMerge(pl.LightningModule):
 
     def _joint(self, objective: Objective, batch: Batch) -> bool:
         """Whether a step is one graph; the same answer on all processes."""
-        fits = self.model.shares_tower and self.coefficients.learns and not objective.needs_blocks
+        changes = self.coefficients.learns or not self.model.plain_tower  # else features are cached
+        fits = self.model.shares_tower and changes and not objective.needs_blocks
         if self.accumulate != "auto" or not fits:
             return fits and self.accumulate == "joint"
         if self._small is None:

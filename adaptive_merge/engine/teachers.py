@@ -63,9 +63,9 @@ class FrozenViews:
 
     @torch.no_grad()
     def features(self, task: str, part: Part, source: Any) -> Tensor | None:
-        """The shared tower's features [B, d] where nothing in the tower can change; None where it can."""
+        """The tower's features [B, d] where nothing in it can change and no adapter is in it; else None."""
         backbone = self.model.backbone
-        if backbone.coefficients.learns or not self.model.shares_tower:
+        if backbone.coefficients.learns or not self.model.plain_tower:
             return None
         identity = {"model": f"{backbone.task_vectors.fingerprint} {backbone.coefficients.fingerprint}"}
         return self._cached(task, "merged", identity, part, source, backbone)
@@ -88,7 +88,7 @@ class FrozenViews:
         prints = self.experts.fingerprints
         identity = {"expert": f"{prints['pretrained']} {prints[task]}"}
         rows = self._cached(task, "expert-blocks" if blocks else "expert", identity, part, source, outputs)
-        width = self.model.heads[task].shape[1]
+        width = self.model.heads[task].width
         means = rows[:, width:].split(self.model.backbone.block_width(), 1) if blocks else ()
         said = self.model(task, None, features=rows[:, :width], adapted=False)
         return Prediction(said.features, said.logits, tuple(means))

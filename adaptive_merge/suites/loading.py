@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adaptive_merge.data.images import Images
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.heads import HeadLike, LinearHead
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.suites.base import Suite
@@ -39,7 +40,8 @@ def load_suite(
     """Load a suite: `"embedded"`, which ships with the package, or a folder that holds its own `suite.json`.
 
     The folder is laid out like the embedded one, or is a CLIP suite (`"kind": "clip"`, see configs/clip): then its
-    `suite.json` says where checkpoints, heads and data sets lie.
+    `suite.json` says where checkpoints, heads and data sets lie. In the embedded layout a task may have the entry
+    `"head": "linear"`: its head is then a linear layer on features as they are, with `<task>.bias` if the file has one.
 
     Args:
         name: `"embedded"` or a folder that holds `suite.json`.
@@ -167,7 +169,7 @@ def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) 
         raise InputError(f"{path}: {error}") from error
 
 
-def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> Tensor:
+def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> HeadLike:
     head = heads.get(f"{task}.weight")
     if head is None:
         raise InputError(f"{folder / 'heads.safetensors'}: there is no head {task + '.weight'!r}")
@@ -176,4 +178,7 @@ def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, An
             f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "
             f"{len(entry['classes'])}"
         )
-    return head
+    kind = entry.get("head", "cosine")
+    if kind not in ("cosine", "linear"):
+        raise InputError(f"{folder / 'suite.json'}: unknown kind of head {kind!r} of {task!r}; choose cosine or linear")
+    return head if kind == "cosine" else LinearHead(head, heads.get(f"{task}.bias"))

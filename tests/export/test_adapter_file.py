@@ -11,6 +11,7 @@ import torch
 import adaptive_merge as am
 from adaptive_merge.export import load_adapters, save_adapters
 from adaptive_merge.export.adapter_file import FORMAT
+from adaptive_merge.heads import CosineHead
 from adaptive_merge.merge.rule import Rule
 from adaptive_merge.sealed import load_sealed, save_sealed
 from export.export_helpers import build_module, build_tower
@@ -147,7 +148,7 @@ def test_a_rule_of_another_kind_is_kept_whole(tmp_path):
 
 def test_other_heads_are_refused(path):
     module = blank()
-    module.model.heads["grey"] = module.model.heads["grey"] + 1e-3
+    module.model.heads["grey"] = CosineHead(module.model.heads["grey"].weight + 1e-3)
     with pytest.raises(am.InputError, match="head of task 'grey'"):
         load_adapters(module, path)
 

@@ -69,7 +69,7 @@ class Ledger(pl.Callback):
                 index = batch[task]["index"]
                 rows[0, index] = 1
                 if _single_pass(trainer):
-                    rows[2, index] = pl_module.said[task].argmax(-1).int()
+                    _note(rows[2], index, pl_module.model.heads[task].predict(pl_module.said[task]))
 
     def on_validation_batch_end(
         self,
@@ -84,7 +84,7 @@ class Ledger(pl.Callback):
         if self._scoring(trainer, pl_module) and batch["task"] in self._rows:
             rows, index = self._rows[batch["task"]].to(pl_module.device), batch["index"]
             rows[1, index] = 1
-            rows[3, index] = outputs["logits"].argmax(-1).int()
+            _note(rows[3], index, pl_module.model.heads[batch["task"]].predict(outputs["logits"]))
             self._rows[batch["task"]] = rows
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -133,6 +133,11 @@ class Ledger(pl.Callback):
 
 
 _DTYPES = {"adapted": torch.uint8, "scored": torch.uint8, "first": torch.int32, "final": torch.int32}
+
+
+def _note(row: Tensor, index: Tensor, predicted: Tensor) -> None:
+    if len(predicted) == len(index):  # a head of tokens or pixels gives an image more than one class
+        row[index] = predicted.int()
 
 
 def _empty(images: int) -> Tensor:
