@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
@@ -82,8 +83,8 @@ class Tint(Adapter):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Tint:
         super()._apply(fn, recurse)
-        for head in self._heads.values():
-            head._apply(fn)
+        for head in self._heads.values():  # buffers of a user's head; the tinted parameters take the others' place
+            head.to(fn(torch.empty(0)).device)
         return self
 
 
