@@ -1,0 +1,7 @@
+"""Starts: what the unlabelled stream gives before any gradient; merges in closed form."""
+
+from adaptive_merge.starts.base import Problem, Solution, Start, Store
+from adaptive_merge.starts.regmean import LOT, RegMean, RegMeanPP
+from adaptive_merge.starts.regression import CompensatedRegression, FeatCal
+
+__all__ = ["LOT", "CompensatedRegression", "FeatCal", "Problem", "RegMean", "RegMeanPP", "Solution", "Start", "Store"]
