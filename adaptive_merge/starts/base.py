@@ -75,7 +75,10 @@ class Problem:
     def expert(self, task: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Some parameters, or all, of a task's expert, in float32 on the anchor's device."""
         bank = self.experts
-        row, where = bank.vectors[bank.tasks.index(task)], dict(zip(bank.names, zip(bank.layout.slices, bank.layout.shapes)))
+        row, where = (
+            bank.vectors[bank.tasks.index(task)],
+            dict(zip(bank.names, zip(bank.layout.slices, bank.layout.shapes))),
+        )
         parts = {name: where[name] for name in (bank.names if names is None else names)}
         device = self.anchor.device
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -68,6 +68,19 @@ class ClosedForm(Start):
     def outputs(self, site: Site, expert: Layer) -> int:
         """Columns of the targets that `pair` gives."""
         return len(expert.weight)
+
+    def output_grams(
+        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: Callable[[], Iterator]
+    ) -> dict[Site, Tensor]:
+        """Grams [out, out] of the gradients at the sites' outputs in a task's expert, for methods that ask for them.
+
+        Args:
+            problem, task: of whose expert.
+            path: the blocks from that of the sites to the last.
+            sites: those to look at.
+            states: gives the (merged, expert) states at the beginning of `path`, batch by batch.
+        """
+        return {}
 
     @abstractmethod
     def pair(self, site: Site, seen: Mapping[View, Seen], expert: Layer) -> Pair:
@@ -138,8 +151,9 @@ class _Walk:
                 seen = self._observe(block, sites, expert, merged_state, expert_state)
                 for site in sites:
                     self._add(sums[site], site, {view: record[site.name] for view, record in seen.items()}, expert)
+            grams = self._output_grams(block, sites, task)
             for site, system in systems.items():
-                self._finish(task, site, sums[site], system, site.read(expert))
+                self._finish(task, site, sums[site], system, site.read(expert), grams.get(site))
         for site, system in systems.items():
             self._write(site, system.solution())
 
@@ -177,12 +191,20 @@ class _Walk:
         weights[:, 0] = 1
         return weights.flatten()
 
-    def _finish(self, task: str, site: Site, sums: Sums, system: System, expert: Layer) -> None:
+    def _output_grams(self, block: Block, sites: list[Site], task: str) -> dict[Site, Tensor]:
+        path = self.blocks[self.blocks.index(block) :] if block.advances else (block,)
+        wanted = [site for site in sites if site.kind != "statistics"]
+        grams = self.method.output_grams(self.problem, task, path, wanted, lambda: self._states(task))
+        return {site: self.problem.reduce(gram) for site, gram in grams.items()}
+
+    def _finish(
+        self, task: str, site: Site, sums: Sums, system: System, expert: Layer, output_gram: Tensor | None
+    ) -> None:
         sums.blank(expert.weight.shape[-1], self.method.outputs(site, expert), self.flat.device)
         moments = sums.moments(self.problem.reduce)
         if not moments.tokens > 0:
             raise InputError(f"`images` has no image of task {task!r}; give at least one, or leave the task out")
-        system.add(moments, expert)
+        system.add(moments._replace(output_gram=output_gram), expert)
 
     def _write(self, site: Site, layer: Layer) -> None:
         site.write(self.merged, layer)

@@ -186,7 +186,9 @@ def _tail(family: _Family, backbone: nn.Module, tower: nn.Module, prefix: str, m
     steps: list[Step] = [norm, Taken(), pool] if mean else [pool, norm]
     projection = family.projection and getattr(tower, family.projection, None)
     if isinstance(projection, Tensor):
-        steps.append(Linear((Site(f"{prefix}{family.projection}", (f"{prefix}{family.projection}",), transposed=True),)))
+        steps.append(
+            Linear((Site(f"{prefix}{family.projection}", (f"{prefix}{family.projection}",), transposed=True),))
+        )
     else:
         steps += [Linear((site,)) for site in _output_map(backbone, tower, prefix)]
     return Chain(steps)

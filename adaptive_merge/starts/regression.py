@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,6 +32,7 @@ class CompensatedRegression(ClosedForm):
         mixing: share of the target that is the expert's own path's; the rest is what the expert's layer says on the
             merged model's input. In [0, 1].
         compensation: share of the residual stream's error that is made good. In [0, 1].
+        extrapolation: ρ; solutions are drawn to A = ρ·anchor + (1 − ρ)·θ₀.
         other_tokens: weight of the other tokens in the last block, after whose attention the class token alone
             reaches the features.
         norms: whether LayerNorms are solved as well.
@@ -46,6 +48,7 @@ class CompensatedRegression(ClosedForm):
         strength: float = 0.05,
         mixing: float = 1.0,
         compensation: float = 1.0,
+        extrapolation: float = 1.0,
         other_tokens: float = 0.01,
         norms: bool = False,
         stem: bool = False,
@@ -53,7 +56,11 @@ class CompensatedRegression(ClosedForm):
     ) -> None:
         _check(strength, mixing=mixing, compensation=compensation, other_tokens=other_tokens)
         self.strength, self.mixing, self.compensation = strength, mixing, compensation
-        self.other_tokens, self.norms, self.stem, self.tail = other_tokens, norms, stem, tail
+        self.extrapolation, self.other_tokens = extrapolation, other_tokens
+        self.norms, self.stem, self.tail = norms, stem, tail
+
+    def pull(self, problem: Problem) -> Tensor:
+        return _extrapolated(problem, self.extrapolation)
 
     def solves(self, site: Site, block: Block) -> bool:
         if site.kind == "norm":
@@ -99,8 +106,7 @@ class FeatCal(ClosedForm):
         self.other_tokens = other_tokens
 
     def pull(self, problem: Problem) -> Tensor:
-        pretrained = problem.experts.pretrained.to(problem.anchor.device)
-        return self.extrapolation * problem.anchor + (1 - self.extrapolation) * pretrained
+        return _extrapolated(problem, self.extrapolation)
 
     def solves(self, site: Site, block: Block) -> bool:
         return not _is_tail(block) and (site.kind == "norm" or super().solves(site, block))
@@ -112,6 +118,11 @@ class FeatCal(ClosedForm):
         x = site.rows_of(seen["merged"].x, expert.weight.shape[-1])
         own, mixing = site.outputs_of(seen["expert"].y), 0.0 if site.kind == "norm" else self.mixing
         return Pair(x, mixing * own + (1 - mixing) * _apply(site, expert, x))
+
+
+def _extrapolated(problem: Problem, share: float) -> Tensor:
+    """share·anchor + (1 − share)·θ₀ [P]."""
+    return torch.lerp(problem.experts.pretrained.to(problem.anchor.device), problem.anchor, share)
 
 
 def _lost(merged: Seen, own: Seen) -> Tensor:

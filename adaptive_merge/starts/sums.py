@@ -24,6 +24,7 @@ class Moments(NamedTuple):
         x: E[x] [in].
         y: E[y] [out].
         tokens: the sum of the weights.
+        output_gram: Σ g gᵀ of the gradients at the outputs [out, out], where a method asks for them.
     """
 
     gram: Tensor
@@ -31,6 +32,7 @@ class Moments(NamedTuple):
     x: Tensor
     y: Tensor
     tokens: float
+    output_gram: Tensor | None = None
 
 
 class Sums:

@@ -74,8 +74,8 @@ class RidgeSystem(System):
 class FeatCalSystem(System):
     """FeatCal's two steps: the weight from the inputs as they are, then the bias (field: arXiv 2605.13030, 18c68b6).
 
-        Wᵀ = (Σ_t C_t/n_t + λI)⁻¹ (Σ_t E[x (y − b_t)ᵀ]/n_t + λ·A_Wᵀ)
-        b = (Σ_t (E[y] − W E[x])/n_t + λ·A_b) / (Σ_t 1/n_t + λ)
+    Wᵀ = (Σ_t C_t/n_t + λI)⁻¹ (Σ_t E[x (y − b_t)ᵀ]/n_t + λ·A_Wᵀ)
+    b = (Σ_t (E[y] − W E[x])/n_t + λ·A_b) / (Σ_t 1/n_t + λ)
     """
 
     def __init__(self, anchor: Layer, strength: float) -> None:
@@ -140,7 +140,7 @@ class GramSystem(System):
 class NormSystem(System):
     """Scale and shift of a norm, entry by entry a 2 × 2 ridge regression (FeatCal).
 
-        [[Σ_t E[z²] + λ, Σ_t E[z]], [Σ_t E[z], T + λ]] (γ, β)ᵀ = (Σ_t E[z y] + λ·A_γ, Σ_t E[y] + λ·A_β)
+    [[Σ_t E[z²] + λ, Σ_t E[z]], [Σ_t E[z], T + λ]] (γ, β)ᵀ = (Σ_t E[z y] + λ·A_γ, Σ_t E[y] + λ·A_β)
     """
 
     def __init__(self, anchor: Layer, strength: float) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,12 @@ class Block(ABC):
         """What a model of these weights has at the wanted sites; runs no further than to the last of them."""
 
     @abstractmethod
+    def trace(self, weights: Weights, state: Any, wanted: Collection[str]) -> tuple[Any, dict[str, Seen]]:
+        """The state at the end of the block, and what was seen on the way."""
+
     def advance(self, weights: Weights, state: Any) -> Any:
         """The state at the end of the block."""
+        return self.trace(weights, state, ())[0]
 
 
 class State(NamedTuple):
@@ -136,7 +141,9 @@ class Taken(Step):
 
 
 class Chain(Block):
-    """Steps on a residual stream; its state is the stream [B, N, d].
+    """Steps on a residual stream [B, N, d], which is its state.
+
+    A chain of which nothing is added to the stream is the tower's tail: it ends in the features [B, d].
 
     Args:
         steps: in order.
@@ -146,24 +153,26 @@ class Chain(Block):
     def __init__(self, steps: Sequence[Step], others: Sequence[str] = ()) -> None:
         self.steps = tuple(steps)
         self.sites = tuple(step.sites for step in self.steps if step.sites)
+        self.writes = any(site.stream for group in self.sites for site in group)
         names = [name for group in self.sites for site in group for name in (*site.weights, *site.biases)]
         self.parameters = tuple(dict.fromkeys([*names, *others]))
 
     def observe(self, weights: Weights, state: Tensor, wanted: Collection[str]) -> dict[str, Seen]:
-        missing, record, at = set(wanted), {}, State(state)
-        for step in self.steps:
-            if not missing:
-                break
-            at, seen = step.run(weights, at)
-            record |= {name: value for name, value in seen.items() if name in missing}
-            missing -= seen.keys()
-        return record
+        last = max(index for index, step in enumerate(self.steps) if {site.name for site in step.sites} & set(wanted))
+        return self._run(self.steps[: last + 1], weights, state, wanted)[1]
 
-    def advance(self, weights: Weights, state: Tensor) -> Tensor:
-        at = State(state)
-        for step in self.steps:
-            at, _ = step.run(weights, at)
-        return at.stream
+    def trace(self, weights: Weights, state: Tensor, wanted: Collection[str]) -> tuple[Tensor, dict[str, Seen]]:
+        end, record = self._run(self.steps, weights, state, wanted)
+        return (end.stream if end.x is None or self.writes else end.x), record
+
+    def _run(
+        self, steps: Sequence[Step], weights: Weights, state: Tensor, wanted: Collection[str]
+    ) -> tuple[State, dict[str, Seen]]:
+        at, record = State(state), {}
+        for step in steps:
+            at, seen = step.run(weights, at)
+            record |= {name: value for name, value in seen.items() if name in wanted}
+        return at, record
 
 
 class _Reached(Exception):
@@ -188,37 +197,49 @@ class Hooked(Block):
         self.advances = until is not None
 
     def observe(self, weights: Weights, state: Tensor, wanted: Collection[str]) -> dict[str, Seen]:
-        kinds = {site.name: site for (site,) in self.sites if site.name in wanted}
         record: dict[str, Seen] = {}
-
-        def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            record[name] = Seen(_input(kinds[name], module, inputs[0]), output)
-            if len(record) == len(kinds):
-                raise _Reached
-
-        with _hooks(self.module, kinds, look):
+        with self._watched(wanted, record, stop=True):
             self._forward(weights, state)
         return record
 
-    def advance(self, weights: Weights, state: Tensor) -> Tensor:
-        inputs: list[Tensor] = []
+    def trace(self, weights: Weights, state: Tensor, wanted: Collection[str]) -> tuple[Any, dict[str, Seen]]:
+        record: dict[str, Seen] = {}
+        with self._watched(wanted, record, stop=False), self._stopped() as reached:
+            output = self._forward(weights, state)
+        return (reached[0] if self.until else output), record
+
+    @contextmanager
+    def _watched(self, wanted: Collection[str], record: dict[str, Seen], stop: bool) -> Iterator[None]:
+        """Fills `record`; with `stop`, ends the forward with the last site that is wanted."""
+        sites = {site.name: site for (site,) in self.sites if site.name in wanted}
+
+        def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            record[name] = Seen(_input(sites[name], module, inputs[0]), output)
+            if stop and len(record) == len(sites):
+                raise _Reached
+
+        handles = [self.module.get_submodule(name).register_forward_hook(partial(look, name)) for name in sites]
+        with _removed(handles):
+            yield
+
+    @contextmanager
+    def _stopped(self) -> Iterator[list[Tensor]]:
+        """Ends the forward at the input of `until` and gives it."""
+        reached: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs.append(args[0] if args else next(iter(kwargs.values())))
+            reached.append(args[0] if args else next(iter(kwargs.values())))
             raise _Reached
 
-        handle = self.module.get_submodule(self.until).register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            self._forward(weights, state)
-        finally:
-            handle.remove()
-        return inputs[0]
+        module = self.module.get_submodule(self.until) if self.until else None
+        with _removed([module.register_forward_pre_hook(keep, with_kwargs=True)] if module else []):
+            yield reached
 
-    def _forward(self, weights: Weights, images: Tensor) -> None:
+    def _forward(self, weights: Weights, images: Tensor) -> Any:
         try:
-            torch.func.functional_call(self.module, dict(weights), (images,))
+            return torch.func.functional_call(self.module, dict(weights), (images,))
         except _Reached:
-            return
+            return None
 
 
 def _input(site: Site, module: nn.Module, x: Tensor) -> Tensor:
@@ -228,11 +249,7 @@ def _input(site: Site, module: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooks(module: nn.Module, names: Collection[str], look: Any) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        return lambda owner, inputs, output: look(name, owner, inputs, output)
-
-    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+def _removed(handles: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     finally:
