@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.task_vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from adaptive_merge.starts.choose import Choice
 
 __all__ = ["Problem", "Solution", "Start", "Store"]
 
@@ -74,13 +77,10 @@ class Problem:
 
     def expert(self, task: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Some parameters, or all, of a task's expert, in float32 on the anchor's device."""
-        bank = self.experts
-        row, where = (
-            bank.vectors[bank.tasks.index(task)],
-            dict(zip(bank.names, zip(bank.layout.slices, bank.layout.shapes))),
-        )
+        bank, device = self.experts, self.anchor.device
+        row = bank.vectors[bank.tasks.index(task)]
+        where = dict(zip(bank.names, zip(bank.layout.slices, bank.layout.shapes)))
         parts = {name: where[name] for name in (bank.names if names is None else names)}
-        device = self.anchor.device
         return {
             name: (bank.pretrained[part].to(device) + row[part].to(device).float()).view(shape)
             for name, (part, shape) in parts.items()
@@ -102,10 +102,12 @@ class Solution:
     Args:
         weights: [P], float32, in the bank's layout.
         buffers: the buffers that were estimated anew, such as BatchNorm's running statistics.
+        choice: how the settings were chosen, where they were; see `choose`.
     """
 
     weights: Tensor
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    choice: Choice | None = None
 
 
 class Start(ABC):
