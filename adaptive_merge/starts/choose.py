@@ -1,4 +1,4 @@
-"""Settings chosen without labels: solved from a part of the images, judged by agreement with the experts on the rest."""
+"""Settings chosen without labels: solved from some images, judged by agreement with the experts on the others."""
 
 from __future__ import annotations
 

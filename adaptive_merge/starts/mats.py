@@ -64,7 +64,7 @@ class MaTS(ClosedForm):
         self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: Callable
     ) -> dict[Site, Tensor]:
         """S_t [out, out] of the sites, float64; of the first block of `path`, which leads to the features."""
-        if self.form == "gram":
+        if self.form == "gram" or not sites:
             return {}
         expert, head = problem.expert(task) | problem.buffers, head_of(problem, task)
         totals = {site: 0.0 for site in sites}
