@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +18,9 @@ from adaptive_merge.starts.regression import CompensatedRegression
 
 __all__ = ["Choice", "Chosen", "Judged", "choose"]
 
-# With fewer images a task, one held-out part is too small to tell settings apart, and all parts take their turn.
-FEW_IMAGES = 64
+# Images a task to judge by; where one held-out part has fewer, others take their turn too. With 16 images a task the
+# noise of the divergence was larger than what settings differ by, and cost a point of accuracy (embedded suite).
+ENOUGH = 64
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class Choice:
 
 
 class Chosen(Start):
-    """The compensated regression with its anchor's strength and extrapolation chosen without labels.
+    """The compensated regression with settings chosen without labels: eight solves from a part of the images, and one
+    from all of them.
 
-    λ is sought around .5·(16/n)², n images a task, then ρ, then the mixing of the targets: a handful of solves from
-    a part of the images, and the last from all of them.
+    First λ and ρ together, since an anchor that reaches further wants to be held to more; then λ; then the mixing of
+    the targets, and whether the stem is solved.
 
     Args:
         held_out: share of each task's images that settings are judged on.
@@ -58,64 +61,73 @@ class Chosen(Start):
         self.held_out, self.seed = held_out, seed
 
     def solve(self, problem: Problem) -> Solution:
-        expected = _expected(problem)
-        count = _fewest(problem, expected)
-        centre = strength_for(count)
-        axes = {"strength": (centre / 3, centre, 3 * centre), "extrapolation": (1.0, 2.0, 3.0), "mixing": (0.5, 1.0)}
-        choice = choose(problem, CompensatedRegression(centre, extrapolation=2.0), axes, self.held_out, self.seed)
+        rounds, chosen = rounds_for(_fewest(problem, _expected(problem))), CompensatedRegression()
+        choice = choose(problem, chosen, rounds[:1], self.held_out, self.seed)
+        around = [{"strength": choice.start.strength * factor} for factor in (1 / 3, 3)]
+        choice = choose(problem, choice.start, [around, *rounds[1:]], self.held_out, self.seed, choice.table)
         return replace(choice.start.solve(problem), choice=choice)
 
 
-def strength_for(images: int) -> float:
-    """λ by the number of images a task: the best in our measurements fell with its square."""
-    return min(max(0.5 * (16 / images) ** 2, 5e-4), 1.0)
+def rounds_for(images: int) -> list[list[dict[str, Any]]]:
+    """Settings worth trying, by the number of images a task.
+
+    Near the anchor the best λ fell with the square of the number, further out with the number itself (embedded
+    suite, 16 to 512 images a task).
+    """
+    near, far = min(max(0.5 * (16 / images) ** 2, 5e-4), 1.0), min(4.8 / images, 1.0)
+    pairs = [(near, 1.0), (far, 2.0), (far, 3.0), (far, 4.0)]
+    first = [{"strength": strength, "extrapolation": reach} for strength, reach in pairs]
+    return [first, [{"mixing": 0.5}], [{"stem": True}]]
 
 
 def choose(
     problem: Problem,
     start: Start,
-    axes: Mapping[str, Sequence[Any]],
+    rounds: Sequence[Sequence[Mapping[str, Any]]],
     held_out: float = 0.25,
     seed: int = 0,
+    known: Sequence[Judged] = (),
 ) -> Choice:
-    """Go through the settings one after another, and keep the value of each that agrees best with the experts.
+    """Try settings round by round, and go on from those that agree best with the experts.
 
     Agreement is the Jensen–Shannon divergence of the predictions: on the few images that can be held out, the share
-    of equal classes is too coarse. Each process divides its own images; sums of all of them decide, so that all
+    of equal classes is too coarse. Each process divides its own images; sums over all of them decide, so that all
     choose the same.
 
     Args:
         problem: with the heads of all tasks.
         start: where to begin; its class is kept.
-        axes: constructor argument → values to try, in order of importance.
+        rounds: of each round the constructor's arguments that replace those of the best so far.
         held_out: share of each task's images that settings are judged on, in (0, .5].
         seed: of the division.
+        known: rows of an earlier choice on the same division.
 
     Raises:
         InputError: a task with fewer than two images; no head.
     """
     _check(held_out)
-    judge = _Judge(problem, held_out, seed)
-    best = judge(start)
-    for name, values in axes.items():
-        rivals = [judge(type(start)(**(best.start.settings | {name: value}))) for value in values]
-        best = min([best, *rivals], key=lambda judged: judged.agreement.divergence)
+    judge = _Judge(problem, held_out, seed, known)
+    best = judge(start) if not rounds or repr(start) in judge.table else None
+    for candidates in rounds:
+        begin = best.start if best else start
+        rivals = [judge(type(begin)(**(begin.settings | changes))) for changes in candidates]
+        best = min([best, *rivals] if best else rivals, key=lambda judged: judged.agreement.divergence)
     return Choice(best.start, tuple(judge.table.values()))
 
 
 class _Judge:
     """Solves from parts of the images and scores on the others; a start is judged once."""
 
-    def __init__(self, problem: Problem, held_out: float, seed: int) -> None:
+    def __init__(self, problem: Problem, held_out: float, seed: int, known: Sequence[Judged]) -> None:
         self.problem, self.tower = problem, structure(problem.backbone)
         self.expected = _expected(problem)
         count = _fewest(problem, self.expected)
         if count < 2:
             raise InputError("`images` has a task with one image; a choice needs one to solve from and one to judge by")
         self.parts = max(round(1 / held_out), 2)
-        self.turns = min(self.parts, count) if count < FEW_IMAGES else 1
+        self.turns = min(self.parts, count, math.ceil(ENOUGH * self.parts / count))
         self.part_of = {task: _parts(len(rows), self.parts, seed, task) for task, rows in self.expected.items()}
-        self.table: dict[str, Judged] = {}
+        self.table = {repr(judged.start): judged for judged in known}
 
     def __call__(self, start: Start) -> Judged:
         if repr(start) not in self.table:

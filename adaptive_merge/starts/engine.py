@@ -100,10 +100,9 @@ class _Walk:
         self.flat = method.initial(problem).detach().float().to(problem.anchor.device, copy=True)
         self.buffers = {name: buffer.clone() for name, buffer in problem.buffers.items()}
         self.merged = layout.unflatten(self.flat) | self.buffers
-        self.constants = problem.buffers
-        self.pull = layout.unflatten(method.pull(problem)) | self.constants
-        self.pretrained = layout.unflatten(bank.pretrained.to(self.flat.device)) | self.constants
-        self.blocks = describe(structure(problem.backbone), self._first_batch())
+        self.pull = layout.unflatten(method.pull(problem))
+        self.pretrained = layout.unflatten(bank.pretrained.to(self.flat.device))
+        self.blocks = describe(structure(problem.backbone), self._first_batch(), self.merged)
         self.estimated: dict[str, Tensor] = {}
         # Each task's batches at the boundary, as (merged, expert); None: the images themselves.
         self.states: dict[str, list[tuple[Tensor, Tensor]] | None] = dict.fromkeys(self.tasks)

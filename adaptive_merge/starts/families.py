@@ -6,12 +6,16 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from adaptive_merge.starts.sites import Site
+from adaptive_merge.starts.sites import Site, Weights
 from adaptive_merge.starts.tower import Activation, Attention, Block, Chain, Hooked, Linear, Norm, Pool, Step, Taken
 
 __all__ = ["describe", "structure"]
+
+# Relative; two implementations of attention differ by less in float32 and in bfloat16.
+SAME = 2e-2
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def structure(backbone: nn.Module) -> nn.Module:
     return copy.deepcopy(backbone).to("meta").eval()
 
 
-def describe(backbone: nn.Module, images: Tensor) -> tuple[Block, ...]:
+def describe(backbone: nn.Module, images: Tensor, weights: Weights) -> tuple[Block, ...]:
     """The backbone's blocks in forward order.
 
     A vision transformer of open_clip, Hugging Face CLIP or timm, alone or inside a wrapper, is a stem, its
@@ -81,12 +85,36 @@ def describe(backbone: nn.Module, images: Tensor) -> tuple[Block, ...]:
     Args:
         backbone: its structure; see `structure`.
         images: a batch, of which the order of execution is taken where it is not known.
+        weights: any weights and buffers of the backbone, to make sure that a tower does what its names promise.
     """
     for family in _FAMILIES:
         for prefix, module in backbone.named_modules():
             if _fits(family, module):
-                return _transformer(family, backbone, module, f"{prefix}." if prefix else "")
+                blocks = _transformer(family, backbone, module, f"{prefix}." if prefix else "")
+                if _faithful(family, backbone, module, blocks, images[:2], weights):
+                    return blocks
     return _hooked(backbone, images)
+
+
+def _faithful(
+    family: _Family, backbone: nn.Module, tower: nn.Module, blocks: Sequence[Block], images: Tensor, weights: Weights
+) -> bool:
+    """Whether the walk's stream after the last transformer block is the tower's own.
+
+    Blocks may have the same names in another order, such as timm's that normalise after the attention.
+    """
+    outputs: list[Tensor] = []
+    last = list(_get(tower, family.blocks))[-1]
+    handle = last.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    try:
+        torch.func.functional_call(backbone, dict(weights), (images,))
+    finally:
+        handle.remove()
+    state = images
+    for block in blocks[:-1]:
+        state = block.advance(weights, state)
+    own = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
+    return own.shape == state.shape and bool((own - state).norm() <= SAME * own.norm())
 
 
 def _get(module: nn.Module, path: str) -> object | None:

@@ -67,7 +67,8 @@ class MaTS(ClosedForm):
         if self.form == "gram" or not sites:
             return {}
         expert, head = problem.expert(task) | problem.buffers, head_of(problem, task)
-        totals = {site: 0.0 for site in sites}
+        sizes = {site: len(site.read(expert).weight) for site in sites}
+        totals = {site: head.new_zeros(size, size, dtype=torch.float64) for site, size in sizes.items()}
         for number, (_, state) in enumerate(states()):
             for site, gram in self._batch(expert, head, path, sites, state, f"{task} {number}").items():
                 totals[site] = totals[site] + gram

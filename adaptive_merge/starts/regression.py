@@ -122,6 +122,8 @@ class FeatCal(ClosedForm):
 
 def _extrapolated(problem: Problem, share: float) -> Tensor:
     """share·anchor + (1 − share)·θ₀ [P]."""
+    if share == 1:
+        return problem.anchor
     return torch.lerp(problem.experts.pretrained.to(problem.anchor.device), problem.anchor, share)
 
 

@@ -10,12 +10,12 @@ from torch import nn
 from adaptive_merge.errors import InputError
 from adaptive_merge.starts import LOT, Chosen, CompensatedRegression, FeatCal, FileStore, Fisher, MaTS, RegMean, choose
 
-AXES = {"strength": (1e-3, 1e3), "mixing": (0.0, 1.0)}
+ROUNDS = [[{"strength": 1e-3}, {"strength": 1e3}], [{"mixing": 0.0}]]
 
 
 def test_the_choice_is_the_smallest_divergence_in_its_table(make_problem):
-    choice = choose(make_problem(), CompensatedRegression(1.0), AXES)
-    assert len(choice.table) == 4
+    choice = choose(make_problem(), CompensatedRegression(1.0), ROUNDS)
+    assert len(choice.table) == 3
     assert choice.start == min(choice.table, key=lambda row: row.agreement.divergence).start
     assert choice.start.strength != 1e3
     assert all(0 <= row.agreement.share <= 1 for row in choice.table)
@@ -23,7 +23,7 @@ def test_the_choice_is_the_smallest_divergence_in_its_table(make_problem):
 
 def test_the_choice_does_not_depend_on_batches(make_problem):
     first, second = (
-        choose(make_problem(batch=batch), CompensatedRegression(1.0), {"mixing": (0.5,)}) for batch in (15, 48)
+        choose(make_problem(batch=batch), CompensatedRegression(1.0), [[{"mixing": 0.5}]]) for batch in (15, 48)
     )
     for one, other in zip(first.table, second.table):
         assert one.agreement == pytest.approx(other.agreement, abs=1e-3)
@@ -38,7 +38,7 @@ def test_what_is_judged_on_is_not_solved_from(make_problem, monkeypatch):
 
     original = RegMean.solve
     monkeypatch.setattr(RegMean, "solve", solve)
-    choose(make_problem(), RegMean(0.9), {}, held_out=0.25)
+    choose(make_problem(), RegMean(0.9), [], held_out=0.25)
     # 48 images a task are few: each quarter is held out in its turn.
     assert [len(images["red"]) for images in used] == [36] * 4
     left = torch.stack([images["red"].sum() for images in used])
@@ -54,9 +54,9 @@ def test_a_start_that_chooses_ends_with_all_images(make_problem, tmp_path):
 
 def test_a_choice_needs_two_images_a_task_and_heads(make_problem):
     with pytest.raises(InputError, match="one image"):
-        choose(make_problem(images=images_of(count=1)), RegMean(), {})
+        choose(make_problem(images=images_of(count=1)), RegMean(), [])
     with pytest.raises(InputError, match="`heads` has none for task 'red'"):
-        choose(make_problem(heads={}), RegMean(), {})
+        choose(make_problem(heads={}), RegMean(), [])
     with pytest.raises(InputError, match="`held_out`"):
         Chosen(held_out=0.7)
 

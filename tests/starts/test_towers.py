@@ -80,6 +80,11 @@ def scaled(tower):
     return tower
 
 
+def weights_of(backbone):
+    tensors = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
 def features(backbone, images):
     with torch.no_grad():
         return as_features(backbone(images))
@@ -88,11 +93,10 @@ def features(backbone, images):
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_walk_gives_the_towers_own_features(name):
     backbone, images = TOWERS[name](), images_of()["red"][:4]
-    blocks = describe(structure(backbone), images)
-    assert sum(isinstance(block, Chain) for block in blocks) == 3
-    weights = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
-    state = images
+    state, weights = images, weights_of(backbone)
     with torch.no_grad():
+        blocks = describe(structure(backbone), images, weights)
+        assert sum(isinstance(block, Chain) for block in blocks) == 3
         for block in blocks:
             state = block.advance(weights, state)
     assert torch.allclose(state, features(backbone, images), atol=1e-5)
@@ -118,6 +122,12 @@ def test_a_start_comes_nearer_to_the_experts_than_its_anchor(make_problem, name)
 def call(backbone, weights, images):
     with torch.no_grad():
         return as_features(torch.func.functional_call(backbone, weights, (images,)))
+
+
+def test_blocks_of_the_same_names_that_do_something_else_go_by_hooks():
+    backbone = timm_vit(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=None)
+    blocks = describe(structure(backbone), images_of()["red"][:4], weights_of(backbone))
+    assert not any(isinstance(block, Chain) for block in blocks)
 
 
 @pytest.mark.parametrize("method", [CompensatedRegression(0.1), FeatCal(0.1)], ids=repr)
@@ -161,12 +171,13 @@ def as_split(weights):
 
 
 def test_the_embedded_stem_is_solved_where_asked():
-    blocks = describe(structure(build_encoder()), torch.zeros(1, 3, 32, 32))
+    encoder = build_encoder()
+    blocks = describe(structure(encoder), torch.randn(1, 3, 32, 32), weights_of(encoder))
     assert [site.name for (site,) in blocks[0].sites] == ["conv1.0", "conv1.2", "conv1.4"]
 
 
 def test_other_towers_are_layers_in_order_of_execution():
-    blocks = describe(structure(Convolutions()), torch.zeros(2, 3, 8, 8))
+    blocks = describe(structure(Convolutions()), torch.zeros(2, 3, 8, 8), weights_of(Convolutions()))
     assert [site.name for block in blocks for (site,) in block.sites] == ["conv", "bn", "head"]
 
 
