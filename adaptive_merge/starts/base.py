@@ -20,7 +20,10 @@ __all__ = ["Problem", "Solution", "Start", "Store"]
 
 
 class Store(Protocol):
-    """Keeps what has been solved so far, so that a start that was stopped goes on."""
+    """Keeps what has been solved so far, so that a start that was stopped goes on.
+
+    The identity names method, settings, bank and anchor, not the images: a store belongs to one run and its stream.
+    """
 
     def load(self, identity: str) -> tuple[int, dict[str, Tensor]] | None:
         """Blocks done and the tensors after them, as `save` was given them; None where there is nothing."""

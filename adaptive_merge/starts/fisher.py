@@ -46,13 +46,13 @@ class Fisher(Start):
                 problem.store.save(self._identity(problem), number, {"weighted": weighted, "total": total})
             if problem.progress:
                 problem.progress(number, len(tasks))
-        return Solution((weighted / total).float())
+        return Solution(weighted / total)
 
     def _information(self, tower: nn.Module, problem: Problem, task: str) -> Tensor:
-        """F_t [P], float64, over the images of all processes."""
+        """F_t [P] over the images of all processes."""
         weights = {name: value.requires_grad_() for name, value in problem.expert(task).items()}
         head, buffers, images = head_of(problem, task), problem.buffers, 0
-        squares = torch.zeros(problem.experts.layout.numel + 1, dtype=torch.float64, device=problem.anchor.device)
+        squares = torch.zeros(problem.experts.layout.numel + 1, device=problem.anchor.device)
         for batch in problem.batches(task):
             for image in batch:
                 logits = logits_of(tower, weights | buffers, image[None], head)
@@ -76,7 +76,7 @@ class Fisher(Start):
         if found:
             done, kept = found
             return done, *(kept[name].to(problem.anchor.device) for name in ("weighted", "total"))
-        blank = torch.zeros(problem.experts.layout.numel, dtype=torch.float64, device=problem.anchor.device)
+        blank = torch.zeros(problem.experts.layout.numel, device=problem.anchor.device)
         return 0, blank, blank.clone()
 
 
