@@ -63,7 +63,7 @@ class Chosen(Start):
     def solve(self, problem: Problem) -> Solution:
         rounds, chosen = rounds_for(_fewest(problem, _expected(problem))), CompensatedRegression()
         choice = choose(problem, chosen, rounds[:1], self.held_out, self.seed)
-        around = [{"strength": choice.start.strength * factor} for factor in (1 / 3, 3)]
+        around = [{"strength": choice.start.settings["strength"] * factor} for factor in (1 / 3, 3)]
         choice = choose(problem, choice.start, [around, *rounds[1:]], self.held_out, self.seed, choice.table)
         return replace(choice.start.solve(problem), choice=choice)
 
@@ -110,7 +110,7 @@ def choose(
     best = judge(start) if not rounds or repr(start) in judge.table else None
     for candidates in rounds:
         begin = best.start if best else start
-        rivals = [judge(type(begin)(**(begin.settings | changes))) for changes in candidates]
+        rivals = [judge(type(begin)(**(begin.settings | dict(changes)))) for changes in candidates]
         best = min([best, *rivals] if best else rivals, key=lambda judged: judged.agreement.divergence)
     return Choice(best.start, tuple(judge.table.values()))
 

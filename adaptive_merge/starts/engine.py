@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class _Walk:
         self.blocks = describe(structure(problem.backbone), self._first_batch(), self.merged)
         self.estimated: dict[str, Tensor] = {}
         # Each task's batches at the boundary, as (merged, expert); None: the images themselves.
-        self.states: dict[str, list[tuple[Tensor, Tensor]] | None] = dict.fromkeys(self.tasks)
+        self.states: dict[str, list[tuple[Any, Any]] | None] = dict.fromkeys(self.tasks)
 
     def run(self) -> Solution:
         done = self._resume()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +118,11 @@ def _faithful(
     return own.shape == state.shape and bool((own - state).norm() <= SAME * own.norm())
 
 
-def _get(module: nn.Module, path: str) -> object | None:
+def _get(module: nn.Module, path: str) -> Any:
+    found: Any = module
     for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
+        found = getattr(found, part, None)
+    return found
 
 
 def _fits(family: _Family, tower: nn.Module) -> bool:
@@ -128,7 +130,8 @@ def _fits(family: _Family, tower: nn.Module) -> bool:
     blocks, norm = _get(tower, family.blocks), _get(tower, family.norm)
     if not isinstance(norm, nn.LayerNorm) or not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
         return False
-    names, known = family.names, set()
+    names = family.names
+    known: set[str] = set()
     for path in (*names.norms, names.out, names.fc, names.proj, *names.qkv, *filter(None, names.scales)):
         known.update((path, f"{path}.weight", f"{path}.bias", f"{path}.gamma", f"{path}_weight", f"{path}_bias"))
     complete = all(_get(block, path) is not None for block in blocks for path in (names.fc, names.proj, names.act))
@@ -185,10 +188,10 @@ def _norm(module: nn.Module, path: str, prefix: str, class_only: bool = False) -
     return Norm(site, _get(module, path).eps)
 
 
-def _linear(module: nn.Module, path: str, prefix: str, **facts: bool) -> Site:
+def _linear(module: nn.Module, path: str, prefix: str, class_only: bool = False, stream: bool = False) -> Site:
     name = prefix + path
     biases = (f"{name}.bias",) if _get(module, path).bias is not None else ()
-    return Site(name, (f"{name}.weight",), biases, **facts)
+    return Site(name, (f"{name}.weight",), biases, class_only=class_only, stream=stream)
 
 
 def _qkv(block: nn.Module, names: _Names, prefix: str, last: bool) -> Linear:
@@ -246,7 +249,7 @@ def _is_plain_conv(module: nn.Module) -> bool:
     return plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
-def _conv(name: str, module: nn.Conv2d) -> Site:
+def _conv(name: str, module: Any) -> Site:
     return Site(name, (f"{name}.weight",), (f"{name}.bias",) if module.bias is not None else (), "conv", conv=module)
 
 

@@ -74,15 +74,15 @@ class Fisher(Start):
     def _resume(self, problem: Problem) -> tuple[int, Tensor, Tensor]:
         found = problem.store.load(self._identity(problem)) if problem.store else None
         if found:
-            done, kept = found
-            return done, *(kept[name].to(problem.anchor.device) for name in ("weighted", "total"))
+            weighted, total = (found[1][name].to(problem.anchor.device) for name in ("weighted", "total"))
+            return found[0], weighted, total
         blank = torch.zeros(problem.experts.layout.numel, device=problem.anchor.device)
         return 0, blank, blank.clone()
 
 
 def _expected_square(logits: Tensor, share: Tensor, parameters: list[Tensor]) -> Tensor:
     """Σ_y share(y) (∇ log p(y))² [P] of one image's logits [1, C]."""
-    log, total = logits.log_softmax(-1)[0], 0.0
+    log, total = logits.log_softmax(-1)[0], torch.zeros(sum(p.numel() for p in parameters), device=logits.device)
     for label in share[0].nonzero().flatten():
         gradients = torch.autograd.grad(log[label], parameters, retain_graph=True, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters)]

@@ -105,7 +105,7 @@ class MatchingSystem(System):
         super().__init__(anchor)
         self.iterations, self.shrink = iterations, shrink
         self.terms: list[tuple[Tensor, Tensor | None]] = []
-        self.right: Tensor | float = 0.0
+        self.right = torch.zeros_like(self.anchor.weight.T)
 
     def add(self, moments: Moments, expert: Layer) -> None:
         gram = moments.gram * self.shrink

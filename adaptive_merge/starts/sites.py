@@ -26,6 +26,10 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def double(self) -> Layer:
+        """The same in float64."""
+        return Layer(self.weight.double(), None if self.bias is None else self.bias.double())
+
 
 class Seen(NamedTuple):
     """What one model has at a site for a batch.

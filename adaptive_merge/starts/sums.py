@@ -61,7 +61,9 @@ class Sums:
     def blank(self, inputs: int, outputs: int, device: torch.device) -> None:
         """Stand for a process that has no batch of the task, where others do."""
         if not self.totals:
-            shapes = [(inputs,), (inputs,)] if self.entrywise else [(inputs, inputs), (inputs, outputs)]
+            shapes: list[tuple[int, ...]] = (
+                [(inputs,), (inputs,)] if self.entrywise else [(inputs, inputs), (inputs, outputs)]
+            )
             shapes += [(inputs,), (outputs,), ()]
             self.totals = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
 
@@ -70,5 +72,5 @@ class Sums:
         flat = reduce(torch.cat([total.flatten() for total in self.totals]))
         parts = flat.split([total.numel() for total in self.totals])
         tokens = float(parts[-1])
-        means = [part.view_as(total) / tokens for part, total in zip(parts[:-1], self.totals)]
-        return Moments(*means, tokens)
+        gram, cross, x, y = (part.view_as(total) / tokens for part, total in zip(parts[:-1], self.totals))
+        return Moments(gram, cross, x, y, tokens)

@@ -25,7 +25,7 @@ class System(ABC):
     """
 
     def __init__(self, anchor: Layer) -> None:
-        self.anchor = Layer(*(None if part is None else part.double() for part in anchor))
+        self.anchor = anchor.double()
 
     @abstractmethod
     def add(self, moments: Moments, expert: Layer) -> None:
@@ -83,7 +83,11 @@ class FeatCalSystem(System):
         self.strength = strength
         self.left = anchor.weight.new_zeros((anchor.weight.shape[1],) * 2, dtype=torch.float64)
         self.right = torch.zeros_like(self.anchor.weight.T)
-        self.x, self.y, self.share = 0.0, 0.0, 0.0
+        self.x, self.y, self.share = (
+            self.left.new_zeros(self.left.shape[0]),
+            self.left.new_zeros(len(anchor.weight)),
+            0.0,
+        )
 
     def add(self, moments: Moments, expert: Layer) -> None:
         norm = _norm(moments)
@@ -119,8 +123,10 @@ class GramSystem(System):
         super().__init__(anchor)
         self.shrink, self.pseudo, self.scale = shrink, pseudo, scale
         zero = torch.zeros_like(self.anchor.weight), None if anchor.bias is None else torch.zeros_like(self.anchor.bias)
-        self.base = Layer(*zero) if base is None else Layer(*(None if p is None else p.double() for p in base))
-        self.left, self.right, self.bias, self.tasks = 0.0, 0.0, 0.0, 0
+        self.base = Layer(*zero) if base is None else base.double()
+        self.left = self.anchor.weight.new_zeros((anchor.weight.shape[1],) * 2)
+        self.right = torch.zeros_like(self.anchor.weight.T)
+        self.bias, self.tasks = None if anchor.bias is None else torch.zeros_like(self.anchor.bias), 0
 
     def add(self, moments: Moments, expert: Layer) -> None:
         gram = moments.gram * self.shrink
@@ -146,7 +152,8 @@ class NormSystem(System):
     def __init__(self, anchor: Layer, strength: float) -> None:
         super().__init__(anchor)
         self.strength = strength
-        self.square, self.z, self.zy, self.y, self.tasks = 0.0, 0.0, 0.0, 0.0, 0
+        self.square, self.z, self.zy, self.y = (torch.zeros_like(self.anchor.weight) for _ in range(4))
+        self.tasks = 0
 
     def add(self, moments: Moments, expert: Layer) -> None:
         self.square, self.z = self.square + moments.gram, self.z + moments.x
@@ -166,7 +173,8 @@ class ScaleSystem(System):
     def __init__(self, base: Layer, scale: float) -> None:
         super().__init__(base)
         self.scale = scale
-        self.square, self.weighted, self.shift, self.tasks = 0.0, 0.0, 0.0, 0
+        self.square, self.weighted, self.shift = (torch.zeros_like(self.anchor.weight) for _ in range(3))
+        self.tasks = 0
 
     def add(self, moments: Moments, expert: Layer) -> None:
         self.square = self.square + moments.gram
@@ -183,7 +191,8 @@ class Statistics(System):
 
     def __init__(self, anchor: Layer) -> None:
         super().__init__(anchor)
-        self.mean, self.square, self.tasks, self.tokens = 0.0, 0.0, 0, 0.0
+        self.mean, self.square = (torch.zeros_like(self.anchor.weight) for _ in range(2))
+        self.tasks, self.tokens = 0, 0.0
 
     def add(self, moments: Moments, expert: Layer) -> None:
         self.mean, self.square = self.mean + moments.x, self.square + moments.gram

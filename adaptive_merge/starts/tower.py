@@ -47,7 +47,7 @@ class State(NamedTuple):
     """The residual stream [B, N, d], and what is computed beside it."""
 
     stream: Tensor
-    x: Tensor | None = None
+    x: Tensor
 
 
 class Step(ABC):
@@ -95,7 +95,7 @@ class Linear(Step):
         scale = weights[self.scale] if self.scale else None
         (name, written), *_ = seen.items()
         written = Seen(written.x, written.y, state.stream, scale)
-        return State(written.after), {name: written}
+        return State(written.after, written.y), {name: written}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Taken(Step):
     """What is beside the stream becomes the stream."""
 
     def run(self, weights: Weights, state: State) -> tuple[State, dict[str, Seen]]:
-        return State(state.x), {}
+        return State(state.x, state.x), {}
 
 
 class Chain(Block):
@@ -163,12 +163,13 @@ class Chain(Block):
 
     def trace(self, weights: Weights, state: Tensor, wanted: Collection[str]) -> tuple[Tensor, dict[str, Seen]]:
         end, record = self._run(self.steps, weights, state, wanted)
-        return (end.stream if end.x is None or self.writes else end.x), record
+        return (end.stream if self.writes else end.x), record
 
     def _run(
         self, steps: Sequence[Step], weights: Weights, state: Tensor, wanted: Collection[str]
     ) -> tuple[State, dict[str, Seen]]:
-        at, record = State(state), {}
+        at = State(state, state)
+        record: dict[str, Seen] = {}
         for step in steps:
             at, seen = step.run(weights, at)
             record |= {name: value for name, value in seen.items() if name in wanted}
@@ -242,7 +243,7 @@ class Hooked(Block):
             return None
 
 
-def _input(site: Site, module: nn.Module, x: Tensor) -> Tensor:
+def _input(site: Site, module: Any, x: Tensor) -> Tensor:
     if site.kind != "norm":
         return x
     return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
