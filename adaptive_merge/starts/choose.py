@@ -96,7 +96,7 @@ def choose(
 
     Args:
         problem: with the heads of all tasks.
-        start: where to begin; its class is kept.
+        start: where to begin; its class is kept. It is judged itself only without rounds, or where it is `known`.
         rounds: of each round the constructor's arguments that replace those of the best so far.
         held_out: share of each task's images that settings are judged on, in (0, .5].
         seed: of the division.
@@ -107,12 +107,12 @@ def choose(
     """
     _check(held_out)
     judge = _Judge(problem, held_out, seed, known)
-    best = judge(start) if not rounds or repr(start) in judge.table else None
+    contest = [judge(start)] if not rounds or repr(start) in judge.table else []
     for candidates in rounds:
-        begin = best.start if best else start
-        rivals = [judge(type(begin)(**(begin.settings | dict(changes)))) for changes in candidates]
-        best = min([best, *rivals] if best else rivals, key=lambda judged: judged.agreement.divergence)
-    return Choice(best.start, tuple(judge.table.values()))
+        begin = contest[0].start if contest else start
+        contest += [judge(type(begin)(**(begin.settings | dict(changes)))) for changes in candidates]
+        contest = [min(contest, key=lambda judged: judged.agreement.divergence)]
+    return Choice(contest[0].start, tuple(judge.table.values()))
 
 
 class _Judge:
@@ -131,7 +131,7 @@ class _Judge:
 
     def __call__(self, start: Start) -> Judged:
         if repr(start) not in self.table:
-            total = sum(self._turn(start, turn) for turn in range(self.turns))
+            total = torch.stack([self._turn(start, turn) for turn in range(self.turns)]).sum(0)
             share, divergence = (total[:2] / total[2]).tolist()
             self.table[repr(start)] = Judged(start, Agreement(share, divergence))
         return self.table[repr(start)]
@@ -142,7 +142,8 @@ class _Judge:
         solution = start.solve(replace(self.problem, images=kept, store=None, progress=None))
         weights = self.problem.experts.layout.unflatten(solution.weights) | self.problem.buffers | solution.buffers
         # A task weighs as much as another, whatever its number of images.
-        return sum(self._score(weights, task, part == turn) for task, part in self.part_of.items())
+        scores = [self._score(weights, task, part == turn) for task, part in self.part_of.items()]
+        return torch.stack(scores).sum(0)
 
     @torch.no_grad()
     def _score(self, weights: Mapping[str, Tensor], task: str, held: Tensor) -> Tensor:

@@ -266,8 +266,8 @@ def _hooked(backbone: nn.Module, images: Tensor) -> tuple[Block, ...]:
         for handle in handles:
             handle.remove()
     parameters = [name for name, _ in backbone.named_parameters()]
-    once = [name for name in calls if calls.count(name) == 1]
-    return tuple(Hooked(backbone, [_site(name, backbone.get_submodule(name))], parameters) for name in once)
+    sites = [_site(name, backbone.get_submodule(name)) for name in calls if calls.count(name) == 1]
+    return tuple(Hooked(backbone, [site], parameters) for site in sites if site)
 
 
 def _site(name: str, module: nn.Module) -> Site | None:

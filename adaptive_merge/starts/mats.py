@@ -83,14 +83,16 @@ class MaTS(ClosedForm):
             end = block.advance(expert, end)
         logits = torch.nn.functional.normalize(as_features(end).float(), dim=-1) @ head.T
         share, log = label_weights(logits, self.samples, key), logits.log_softmax(-1)
-        outputs, totals = [seen[site.name].y for site in sites], dict.fromkeys(sites, 0.0)
+        outputs = [seen[site.name].y for site in sites]
+        totals: dict[Site, Tensor] = {}
         for label in share.sum(0).nonzero().flatten():
             # An image's label weighs its square, and images do not mix: the root of the weight goes into the sum.
             total = (share[:, label].sqrt() * log[:, label]).sum()
             gradients = torch.autograd.grad(total, outputs, retain_graph=True)
             for site, gradient in zip(sites, gradients):
                 rows = site.outputs_of(gradient)
-                totals[site] = totals[site] + (rows.T @ rows).double()
+                gram = (rows.T @ rows).double()
+                totals[site] = totals[site] + gram if site in totals else gram
         return totals
 
 
@@ -116,7 +118,7 @@ class MatchingSystem(System):
 
     def solution(self) -> Layer:
         def product(x: Tensor) -> Tensor:
-            return sum(_between(gram, x, outputs) for gram, outputs in self.terms)
+            return torch.stack([_between(gram, x, outputs) for gram, outputs in self.terms]).sum(0)
 
         solved = conjugate_gradients(product, self.right, self.anchor.weight.T, self.iterations)
         return Layer(solved.T, self.anchor.bias)

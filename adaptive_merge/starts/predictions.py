@@ -74,6 +74,6 @@ def agreement(logits: Tensor, expected: Tensor) -> Tensor:
     """Sums over a batch: agreeing images, divergence in nats, images; float64 [3]."""
     first, second = logits.double().log_softmax(-1), expected.double().log_softmax(-1)
     middle = torch.logaddexp(first, second) - torch.log(first.new_tensor(2.0))
-    divergence = 0.5 * sum((log.exp() * (log - middle)).sum() for log in (first, second))
+    divergence = 0.5 * (first.exp() * (first - middle) + second.exp() * (second - middle)).sum()
     same = (logits.argmax(-1) == expected.argmax(-1)).sum()
     return torch.stack([same.double(), divergence, first.new_tensor(len(logits))])
