@@ -31,7 +31,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Every class of these is public: a new one is one new file.
-_PARTS = ("transforms", "coefficients", "adapters", "objectives")
+_PARTS = ("transforms", "coefficients", "adapters", "objectives", "starts")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
     from adaptive_merge.starts.choose import Choice

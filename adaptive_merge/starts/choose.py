@@ -16,7 +16,7 @@ from adaptive_merge.starts.families import structure
 from adaptive_merge.starts.predictions import Agreement, agreement, head_of, logits_of
 from adaptive_merge.starts.regression import CompensatedRegression
 
-__all__ = ["Choice", "Chosen", "Judged", "choose"]
+__all__ = ["Choice", "ChosenRegression", "Judged", "choose"]
 
 # Images a task to judge by; where one held-out part has fewer, others take their turn too. With 16 images a task the
 # noise of the divergence was larger than what settings differ by, and cost a point of accuracy (embedded suite).
@@ -44,7 +44,7 @@ class Choice:
     table: tuple[Judged, ...]
 
 
-class Chosen(Start):
+class ChosenRegression(Start):
     """The compensated regression with settings chosen without labels: eight solves from a part of the images, and one
     from all of them.
 

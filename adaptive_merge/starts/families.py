@@ -278,6 +278,9 @@ def _site(name: str, module: nn.Module) -> Site | None:
         return _conv(name, module)
     if isinstance(module, nn.LayerNorm) and module.elementwise_affine and bias and len(module.normalized_shape) == 1:
         return Site(name, (f"{name}.weight",), bias, "norm")
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+    if (
+        isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+        and module.running_mean is not None
+    ):
         return Site(name, (f"{name}.running_mean",), (f"{name}.running_var",), "statistics")
     return None

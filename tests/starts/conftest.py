@@ -9,8 +9,8 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adaptive_merge.starts import Problem
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
+from adaptive_merge.starts.base import Problem
 
 TASKS = ("red", "green", "blue")
 FEATURES = 6

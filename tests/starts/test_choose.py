@@ -8,7 +8,12 @@ from conftest import bank_of, heads_of, images_of
 from torch import nn
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.starts import LOT, Chosen, CompensatedRegression, FeatCal, FileStore, Fisher, MaTS, RegMean, choose
+from adaptive_merge.starts.choose import ChosenRegression, choose
+from adaptive_merge.starts.fisher import Fisher
+from adaptive_merge.starts.mats import MaTS
+from adaptive_merge.starts.regmean import LOT, RegMean
+from adaptive_merge.starts.regression import CompensatedRegression, FeatCal
+from adaptive_merge.starts.store import FileStore
 
 ROUNDS = [[{"strength": 1e-3}, {"strength": 1e3}], [{"mixing": 0.0}]]
 
@@ -47,7 +52,7 @@ def test_what_is_judged_on_is_not_solved_from(make_problem, monkeypatch):
 
 def test_a_start_that_chooses_ends_with_all_images(make_problem, tmp_path):
     problem = make_problem(images=images_of(count=8), store=FileStore(tmp_path / "start.safetensors"))
-    solution = Chosen().solve(problem)
+    solution = ChosenRegression().solve(problem)
     alone = solution.choice.start.solve(make_problem(images=images_of(count=8)))
     assert torch.equal(solution.weights, alone.weights)
 
@@ -58,7 +63,7 @@ def test_a_choice_needs_two_images_a_task_and_heads(make_problem):
     with pytest.raises(InputError, match="`heads` has none for task 'red'"):
         choose(make_problem(heads={}), RegMean(), [])
     with pytest.raises(InputError, match="`held_out`"):
-        Chosen(held_out=0.7)
+        ChosenRegression(held_out=0.7)
 
 
 def linear_problem(make_problem, **parts):
@@ -137,4 +142,4 @@ def test_a_damaged_store_is_named(make_problem, tmp_path):
 
 def test_settings_are_the_constructors_arguments():
     assert repr(FeatCal(0.1)) == "FeatCal(strength=0.1, mixing=0.25, extrapolation=1.0, other_tokens=0.01)"
-    assert Chosen(0.2).settings == {"held_out": 0.2, "seed": 0}
+    assert ChosenRegression(0.2).settings == {"held_out": 0.2, "seed": 0}

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from conftest import TASKS, bank_of, images_of, small_vit
 
-from adaptive_merge.starts import LOT, CompensatedRegression, FeatCal, MaTS, RegMean, RegMeanPP
+from adaptive_merge.starts.mats import MaTS
+from adaptive_merge.starts.regmean import LOT, RegMean, RegMeanPP
+from adaptive_merge.starts.regression import CompensatedRegression, FeatCal
 
 LAYERS = ("attn.in_proj_", "attn.out_proj.", "mlp.c_fc.", "mlp.c_proj.")
 NORMS = ("ln_1.", "ln_2.")

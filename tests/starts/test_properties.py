@@ -9,8 +9,12 @@ import torch
 from conftest import bank_of, heads_of, images_of, small_vit
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.starts import LOT, CompensatedRegression, FeatCal, FileStore, Fisher, MaTS, RegMean, RegMeanPP
-from adaptive_merge.task_vectors import TaskVectors
+from adaptive_merge.merge.task_vectors import TaskVectors
+from adaptive_merge.starts.fisher import Fisher
+from adaptive_merge.starts.mats import MaTS
+from adaptive_merge.starts.regmean import LOT, RegMean, RegMeanPP
+from adaptive_merge.starts.regression import CompensatedRegression, FeatCal
+from adaptive_merge.starts.store import FileStore
 
 ALL = [
     CompensatedRegression(0.1),
@@ -167,7 +171,7 @@ def test_equal_grams_give_the_mean(make_problem):
 
 
 def test_each_expert_is_made_once_a_block(make_problem, monkeypatch):
-    from adaptive_merge.starts import Problem
+    from adaptive_merge.starts.base import Problem
 
     made, original = [], Problem.expert
 

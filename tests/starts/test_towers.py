@@ -9,11 +9,13 @@ from conftest import bank_of, images_of, small_vit
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from adaptive_merge.models.embedded import build_encoder
-from adaptive_merge.starts import CompensatedRegression, FeatCal, MaTS, RegMean
 from adaptive_merge.starts.families import describe, structure
+from adaptive_merge.starts.mats import MaTS
 from adaptive_merge.starts.predictions import as_features
+from adaptive_merge.starts.regmean import RegMean
+from adaptive_merge.starts.regression import CompensatedRegression, FeatCal
 from adaptive_merge.starts.tower import Chain
+from adaptive_merge.suites.embedded_tower import build_encoder
 
 
 class Wrapped(nn.Module):
