@@ -90,7 +90,7 @@ def of_method(module: Any, parts: Identity) -> Identity:
         "learning rate of the adapters": float(module.adapter_lr),
         "betas": [float(beta) for beta in module.betas],
         "weight decay": float(module.weight_decay),
-        _VECTORS: module.model.backbone.task_vectors.fingerprint,
+        _VECTORS: module.vectors_fingerprint,
     }
 
 

@@ -15,6 +15,7 @@ from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.heads import HeadLike, frozen_heads
 from adaptive_merge.merge.backbone import Edit, MergedBackbone
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Prediction
 
 __all__ = ["AdaptedModel"]
@@ -47,6 +48,12 @@ class AdaptedModel(nn.Module):
         # In a plain dict they are no submodules, so that no checkpoint holds them.
         self.heads = frozen_heads(heads, (*self.tasks, *unseen), getattr(backbone.skeleton, "output_dim", None))
         self.adapters: ListOf[Adapter] = ListOf(adapter.bind(backbone, self.heads) for adapter in adapters)
+
+    def rebase(self, task_vectors: TaskVectors) -> None:
+        """Go on from another bank at its θ₀; adapters are made anew, for a tinted layer starts at the merged one."""
+        self.backbone.rebase(task_vectors)
+        for adapter in self.adapters:
+            adapter.bind(self.backbone, self.heads)
 
     @property
     def shares_tower(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from adaptive_merge import __version__
 from adaptive_merge.engine.identity import describe
-from adaptive_merge.engine.teachers import VIEWS
+from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
 from adaptive_merge.export.tower import image_size
 from adaptive_merge.files import replacing

@@ -75,7 +75,7 @@ class MergedBackbone(nn.Module):
         super().__init__()
         _check_fit(backbone, task_vectors)
         self.coefficients = coefficients.bind(task_vectors)
-        self.placement = place(task_vectors, bank)
+        self.kind, self.placement = bank, place(task_vectors, bank)
         # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
         self.__dict__["skeleton"] = _without_weights(backbone)
         # Looking for tied weights anew in every forward takes longer than a merge of small tensors.
@@ -84,6 +84,18 @@ class MergedBackbone(nn.Module):
         self.constants = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self._kept: tuple[object, dict[str, Tensor]] | None = None
         self._scratch: Tensor | None = None
+
+    def rebase(self, task_vectors: TaskVectors) -> None:
+        """Go on from another bank of the same tasks and parameters, at its θ₀: what a start has given.
+
+        Raises:
+            InputError: the rule cannot go on from a start.
+        """
+        self.coefficients.rebase(task_vectors)
+        placement, device = place(task_vectors, self.kind), self.device
+        placement.to(device)
+        self.placement, self._kept = placement, None
+        self.constants |= {name: buffer.to(device) for name, buffer in task_vectors.buffers.items()}
 
     @property
     def task_vectors(self) -> TaskVectors:

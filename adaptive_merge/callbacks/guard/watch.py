@@ -11,7 +11,8 @@ from torch import Tensor
 from adaptive_merge.callbacks.guard.collapse import Signals, sums
 from adaptive_merge.callbacks.safe.ranks import Ranks
 from adaptive_merge.engine.frozen import FrozenOutputs
-from adaptive_merge.engine.teachers import FrozenViews, View
+from adaptive_merge.engine.teachers import FrozenViews
+from adaptive_merge.engine.views import View
 
 __all__ = ["Watch"]
 

@@ -56,6 +56,15 @@ class Ledger(pl.Callback):
             # [4, N]: adapted, scored, first, final; a larger value is always the newer knowledge of several processes.
             self._rows = {task: _empty(len(source)) for task, source in images.items()}
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the images of a start, and what the merge before it predicted."""
+        if pl_module.begun is None:
+            return
+        for task in pl_module.tasks:
+            self._rows[task][0, trainer.datamodule.opening(task)] = 1
+        for task, (index, classes) in pl_module.begun.first.items():
+            _note(self._rows[task][2], index, classes)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """To the device."""
         self._rows = {task: rows.to(pl_module.device) for task, rows in self._rows.items()}
@@ -69,7 +78,9 @@ class Ledger(pl.Callback):
                 index = batch[task]["index"]
                 rows[0, index] = 1
                 if _single_pass(trainer):
-                    _note(rows[2], index, pl_module.model.heads[task].predict(pl_module.said[task]))
+                    unknown = rows[2, index] == _UNKNOWN  # a start's images have been predicted before
+                    predicted = pl_module.model.heads[task].predict(pl_module.said[task])
+                    _note(rows[2], index[unknown], predicted[unknown] if len(predicted) == len(index) else predicted)
 
     def on_validation_batch_end(
         self,
