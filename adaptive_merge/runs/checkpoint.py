@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
-from adaptive_merge.runs.checkpoint_io import load_plain
+import torch
+
 from adaptive_merge.errors import InputError, MissingFileError
 
-__all__ = ["read_checkpoint"]
+__all__ = ["load_plain", "read_checkpoint"]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -25,3 +28,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"state_dict", "global_step", "adaptive_merge"} <= content.keys():
         raise InputError(f"{path}: not a checkpoint of an adaptive_merge run")
     return content
+
+
+def load_plain(source: str | Path | io.BytesIO, path: str | Path) -> Any:
+    """The content of a file of `torch.save`, on the CPU: tensors and plain values, and no byte of them changed.
+
+    Args:
+        source: the file, or its bytes.
+        path: its name, for messages.
+
+    Raises:
+        InputError: damaged, or holding more than tensors and plain values.
+    """
+    try:
+        return torch.load(_checked(source), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds, some of them undocumented, for damaged files
+        raise InputError(f"{path}: not a readable checkpoint of tensors and plain values ({error})") from error
+
+
+def _checked(source: str | Path | io.BytesIO) -> io.BytesIO:
+    """The same zip, packed anew from records that are as they were written.
+
+    `torch.save` writes a checksum of each record and `torch.load` does not look at it; and it does not find its way
+    through a damaged directory as others do, so it gets a new one.
+    """
+    packed = io.BytesIO()
+    with zipfile.ZipFile(source) as found, zipfile.ZipFile(packed, "w") as new:
+        for record in found.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"record {record.filename!r} is compressed; torch.save stores without compression")
+            new.writestr(record.filename, found.read(record))
+    packed.seek(0)
+    return packed

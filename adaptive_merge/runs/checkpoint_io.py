@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from adaptive_merge.errors import AdaptiveMergeError, InputError, MissingFileError
 from adaptive_merge.files import replacing
+from adaptive_merge.runs.checkpoint import load_plain
 
-__all__ = ["AtomicCheckpointIO", "StorageError", "check_writable", "load_plain", "nearest", "remove_orphans"]
+__all__ = ["AtomicCheckpointIO", "StorageError", "check_writable", "nearest", "remove_orphans"]
 
 _log = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"^\..+\.partial-(\d+)$")
@@ -101,22 +101,6 @@ def remove_orphans(folder: str | Path) -> list[Path]:
     return found
 
 
-def load_plain(source: str | Path | io.BytesIO, path: str | Path) -> Any:
-    """The content of a file of `torch.save`, on the CPU: tensors and plain values, and no byte of them changed.
-
-    Args:
-        source: the file, or its bytes.
-        path: its name, for messages.
-
-    Raises:
-        InputError: damaged, or holding more than tensors and plain values.
-    """
-    try:
-        return torch.load(_checked(source), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds, some of them undocumented, for damaged files
-        raise InputError(f"{path}: not a readable checkpoint of tensors and plain values ({error})") from error
-
-
 @rank_zero_only
 def check_writable(folder: str | Path) -> None:
     """StorageError, before any work is done, where no file can be written and renamed in `folder`.
@@ -139,22 +123,6 @@ def nearest(folder: str | Path) -> Path:
     """The folder itself, or the first of its parents that exists."""
     folder = Path(folder).absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _checked(source: str | Path | io.BytesIO) -> io.BytesIO:
-    """The same zip, packed anew from records that are as they were written.
-
-    `torch.save` writes a checksum of each record and `torch.load` does not look at it; and it does not find its way
-    through a damaged directory as others do, so it gets a new one.
-    """
-    packed = io.BytesIO()
-    with zipfile.ZipFile(source) as found, zipfile.ZipFile(packed, "w") as new:
-        for record in found.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"record {record.filename!r} is compressed; torch.save stores without compression")
-            new.writestr(record.filename, found.read(record))
-    packed.seek(0)
-    return packed
 
 
 def _abandoned(path: Path, process: int) -> bool:
