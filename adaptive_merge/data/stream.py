@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, Literal
 
 import pytorch_lightning as pl
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from adaptive_merge.data.corruptions import CorruptedImages, Corruption
-from adaptive_merge.data.images import Images
+from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.protocols import Protocol, Transductive
 from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler
 from adaptive_merge.errors import InputError
@@ -78,9 +78,7 @@ class TaskStream(pl.LightningDataModule):
             raise InputError("a shuffled schedule has one task a step, which one process would own; share 'samples'")
         if share == "tasks" and protocol and protocol.one_pass:
             raise InputError("in a single pass tasks end before others, and their owner with them; share 'samples'")
-        self.images = {
-            task: CorruptedImages(source, corruption) if corruption else source for task, source in images.items()
-        }
+        self.images = LazyImages({task: partial(_read, images, task, corruption) for task in images})
         self.images_per_task, self.sampling, self.schedule = images_per_task, sampling, schedule
         self.protocol, self.corruption, self.share = protocol or Transductive(), corruption, share
         self.start_images, self.eval_batch_size = start_images, eval_batch_size
@@ -144,6 +142,10 @@ class TaskStream(pl.LightningDataModule):
 
     def _steps_taken(self) -> int:
         return self.trainer.global_step * self._micro_steps() if self.trainer else 0
+
+
+def _read(images: Mapping[str, Images], task: str, corruption: Corruption | None) -> Images:
+    return CorruptedImages(images[task], corruption) if corruption else images[task]
 
 
 class _Steps(Dataset):
