@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ __all__ = ["FILE", "PARTIAL", "Begun", "begin", "load_begun", "rebased"]
 FILE: Final = "start.safetensors"
 PARTIAL: Final = "start.partial.safetensors"
 _KEY: Final = "adaptive_merge.start"
+_DECIDES: Final = re.compile(r"start\b|transform \d|coefficients\b|head of task")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,12 @@ class Begun:
 
 
 def begin(
-    start: Start, model: AdaptedModel, experts: TaskVectors, trainer: pl.Trainer, folder: Path | None = None
+    start: Start,
+    model: AdaptedModel,
+    experts: TaskVectors,
+    trainer: pl.Trainer,
+    parts: Mapping[str, Any],
+    folder: Path | None = None,
 ) -> Begun:
     """Solve a start from the trainer's stream, or read what this run has solved before.
 
@@ -65,6 +72,7 @@ def begin(
         model: merged as its transforms and coefficients say: the anchor.
         experts: the bank before any transform, of the tasks that are merged.
         trainer: with a `TaskStream`.
+        parts: identity of the start and of the anchor's transforms and coefficients.
         folder: where the solution is kept, and after each block what is solved so far; None: nowhere.
 
     Raises:
@@ -73,7 +81,7 @@ def begin(
     stream = getattr(trainer, "datamodule", None)
     if not isinstance(stream, TaskStream):
         raise InputError("a start is solved from unlabelled images: give the trainer a TaskStream as its datamodule")
-    made_of = _identity(start, model, experts, stream)
+    made_of = _identity(parts, experts, stream)
     if folder and (folder / FILE).is_file():
         return load_begun(folder / FILE, experts, made_of)
     began = time.perf_counter()
@@ -131,13 +139,11 @@ def _save(folder: Path, begun: Begun, made_of: Mapping[str, Any]) -> None:
     (folder / PARTIAL).unlink(missing_ok=True)
 
 
-def _identity(start: Start, model: AdaptedModel, experts: TaskVectors, stream: TaskStream) -> dict[str, Any]:
+def _identity(method: Mapping[str, Any], experts: TaskVectors, stream: TaskStream) -> dict[str, Any]:
     """What a solution follows from; JSON."""
-    rule, bank = model.backbone.coefficients, model.backbone.task_vectors
     seen = {task: stream.opening(task) for task in experts.tasks}
     parts = {
-        **identity.of_part("start", start),
-        "anchor": f"{bank.fingerprint} {rule.fingerprint}",
+        **{name: value for name, value in method.items() if _DECIDES.match(name)},
         "experts": experts.fingerprint,
         **{f"images of task {task!r}": stream.images[task].fingerprint for task in experts.tasks},
         **{f"choice of images of task {task!r}": _digest(index) for task, index in seen.items()},

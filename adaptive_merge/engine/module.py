@@ -123,7 +123,7 @@ class AdaptiveMerge(pl.LightningModule):
         self.view: View = "adapted"
         self._compares = False
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
-        self._parts = identity.of_parts(self, transforms)
+        self._parts, self._transforms = identity.of_parts(self, transforms), tuple(transforms)
         self.start = start
         self.begun: Begun | None = None
         self.start_folder: Path | None = None  # where a run keeps its start
@@ -235,7 +235,7 @@ class AdaptiveMerge(pl.LightningModule):
             self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
         if self.start is not None and self.begun is None:
             merged = self._merged_experts
-            self.go_on_from(begin(self.start, self.model, merged, self.trainer, self.start_folder))
+            self.go_on_from(begin(self.start, self.model, merged, self.trainer, self._parts, self.start_folder))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
@@ -332,10 +332,15 @@ class AdaptiveMerge(pl.LightningModule):
         """The method as plain values under names that users know: what a checkpoint of it belongs to."""
         return identity.of_method(self, self._parts)
 
+    @property
+    def recorded_method(self) -> dict[str, Any]:
+        """The method as files keep it."""
+        return identity.recorded(self.method, self._transforms)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which method and data the few kilobytes belong to; the recipe's label is for people."""
         data = self._data or identity.of_data(None)
-        checkpoint["adaptive_merge"] = {"recipe": self.recipe, "method": self.method, "data": data}
+        checkpoint["adaptive_merge"] = {"recipe": self.recipe, "method": self.recorded_method, "data": data}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what was learned by another method or, to go on learning, on other data."""

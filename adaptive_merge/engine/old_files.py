@@ -27,7 +27,7 @@ _FUNCTION: Final = "builtins.function"  # of a transform; what it did shows in t
 def upgraded(recorded: Mapping[Any, Any], current: Mapping[str, Any]) -> dict[Any, Any]:
     """An old identity in today's words, to be compared with `current`; values stay unchecked."""
     # A setting that was not recorded, such as one behind a property, cannot be compared.
-    entries = {name: value for name, value in current.items() if ": " in name}
+    entries = {name: value for name, value in current.items() if ": " in name or name == "experts"}
     for name, value in recorded.items():
         part, colon, setting = str(name).rpartition(": ")
         if colon and name not in current:

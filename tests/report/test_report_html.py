@@ -5,7 +5,7 @@ import pytest
 from sample_runs import HOSTILE, write_run
 
 import adaptive_merge as am
-from adaptive_merge.cli.report import report_command
+from adaptive_merge.cli.report import report as report_command
 from adaptive_merge.privacy import HIDDEN, scrub
 from adaptive_merge.report.html import report_run, write_report
 from adaptive_merge.report.summary import warnings_of
