@@ -32,8 +32,9 @@ class Layer(NamedTuple):
 def recipe_files() -> dict[str, Path]:
     """Name → file of every configuration that ships; those of the embedded suite come first, without a folder."""
     root = shipped()
-    paths = sorted(root.rglob("*.yaml"), key=lambda path: (len(path.relative_to(root).parts), path))
-    return {path.relative_to(root).with_suffix("").as_posix().removeprefix("embedded/"): path for path in paths}
+    names = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.yaml")}
+    names = {name.removeprefix("embedded/"): path for name, path in names.items()}
+    return {name: names[name] for name in sorted(names, key=lambda name: (name.count("/"), name))}
 
 
 def find_config(name: str) -> Path:

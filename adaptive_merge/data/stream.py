@@ -46,7 +46,7 @@ class TaskStream(pl.LightningDataModule):
 
     def __init__(
         self,
-        images: Mapping[str, Images],
+        images: LazyImages | Mapping[str, Images],  # named for the parser, which would read every value of a mapping
         images_per_task: int = 16,
         sampling: Sampling = "fresh",
         schedule: Schedule = "joint",
