@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from adaptive_merge.adapters import BlockSurgery, FeatureSurgery, Tint
+from adaptive_merge.adapters.surgery import BlockSurgery, FeatureSurgery
+from adaptive_merge.adapters.tint import Tint
 from adaptive_merge.coefficients.linear import BlockWise, Bounds, Coefficients, Fixed, LayerWise, TaskWise
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
+from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.task_vectors import TaskVectors
-from adaptive_merge.objectives import Distance, FeatureDistance, PseudoLabel
-from adaptive_merge.transforms import Ties
+from adaptive_merge.objectives.functional import Distance
+from adaptive_merge.objectives.taught import FeatureDistance, PseudoLabel
+from adaptive_merge.transforms.ties import Ties
 
 __all__ = [
     "AdaMerging",
@@ -31,7 +34,7 @@ __all__ = [
     "WeightAveraging",
 ]
 
-Heads = Mapping[str, Tensor]
+Heads = Mapping[str, HeadLike]
 Granularity = Literal["task", "layer", "block"]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.objectives import Objective
+from adaptive_merge.objectives.base import Objective
 
 __all__ = ["Stage", "at_step"]
 

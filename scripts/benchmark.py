@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import adaptive_merge as am
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.passes import combine, project
-from adaptive_merge.objectives import entropy
+from adaptive_merge.objectives.functional import entropy
 from adaptive_merge.suites.embedded_tower import build_encoder
 
 CLASSES = (397, 196, 45, 10, 10, 43, 10, 47)  # of the eight CLIP tasks

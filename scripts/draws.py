@@ -30,7 +30,7 @@ from adaptive_merge.data import TaskStream
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.files import save_json
-from adaptive_merge.objectives import jensen_shannon
+from adaptive_merge.objectives.functional import jensen_shannon
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "embedded"

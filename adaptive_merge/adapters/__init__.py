@@ -1,7 +1,7 @@
-"""What a task has of its own on top of the shared merge: nothing, surgery, a tint, or several of them."""
+"""Part 3 of a method, what a task has of its own on top of the shared merge: surgery, a tint, or several of them."""
 
 from adaptive_merge.adapters.base import Adapter
-from adaptive_merge.adapters.surgery import BlockSurgery, FeatureSurgery
-from adaptive_merge.adapters.tint import Tint
+from adaptive_merge.parts import kinds
 
-__all__ = ["Adapter", "BlockSurgery", "FeatureSurgery", "Tint"]
+globals().update(names := kinds(__name__, Adapter))
+__all__ = list(names)

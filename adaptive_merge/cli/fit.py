@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
+from adaptive_merge import upstream
 from adaptive_merge.callbacks import Guard, Ledger, protect, watchers
 from adaptive_merge.callbacks.guard.guard import Select, check_oracle
 from adaptive_merge.callbacks.safe.ranks import RunStopped
@@ -28,7 +29,7 @@ from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
-from adaptive_merge.runs.folder import SaveConfig, publish, refuse_run, remove_run
+from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run
 from adaptive_merge.runs.log import RunLog
 from adaptive_merge.runs.results import evaluate, summary
 from adaptive_merge.suites import Suite, load_suite
@@ -96,7 +97,7 @@ class AdaptiveMergeCLI(LightningCLI):
         try:
             super().parse_arguments(parser, layered(args))
         except jsonargparse.ArgumentError as error:
-            options = {option for one in self._parsers for option in one._option_string_actions}
+            options = {option for one in self._parsers for option in upstream.options_of(one)}
             raise InputError(explain(error, options)) from error
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         if settings.run.name:
@@ -224,11 +225,13 @@ class AdaptiveMergeCLI(LightningCLI):
         if any(isinstance(one, Guard) and one.select == "oracle" for one in self.trainer.callbacks):
             check_oracle(self.trainer, self.datamodule, endless=True)
         if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
-            remove_run(self.folder)  # only now that nothing more can be wrong with the new one
+            resumes = self.settings.run.if_exists == "resume"
+            remove_run(self.folder, START_FILES if resumes else ())  # only now that nothing more can be wrong
+        self.model.start_folder = self.folder
         self.loaded = time.perf_counter()
 
     def after_fit(self) -> None:
-        """Keep what was learned, score the four views, write `results.json`, print the table."""
+        """Keep what was learned, score the views, write `results.json`, print the table."""
         adapted = time.perf_counter()
         if table := self.model.coefficients.table():
             save_coefficients(self.folder / "coefficients.json", table)

@@ -9,6 +9,7 @@ import yaml
 
 from adaptive_merge.cli.configs import read_layers
 from adaptive_merge.cli.fit import AdaptiveMergeCLI
+from adaptive_merge.engine.begin import FILE, load_begun
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.runs.checkpoint import read_checkpoint
@@ -37,6 +38,8 @@ def load_run(*sources: str) -> AdaptiveMerge:
     if not (folder / "config.yaml").is_file():
         raise MissingFileError(f"{folder / 'config.yaml'}: there is no such file; give a run folder or a configuration")
     module = _build(str(folder / "config.yaml"))
+    if module.start is not None:
+        module.go_on_from(load_begun(folder / FILE, module.experts))
     checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

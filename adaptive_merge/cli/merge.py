@@ -6,6 +6,7 @@ import json
 
 from adaptive_merge.cli.loading import SOURCES, load_run
 from adaptive_merge.cli.parser import Parser, write
+from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_tensors
 
 __all__ = ["merge"]
@@ -18,6 +19,11 @@ def merge(arguments: list[str]) -> None:
     parser.add_argument("--output", default="merged.safetensors", help="file to write (default: merged.safetensors)")
     options = parser.parse_args(arguments)
     module = load_run(*options.source)
+    if module.start is not None and module.begun is None:
+        raise InputError(
+            f"recipe {module.recipe!r} has a start, which is solved from images; run `fit` (with --trainer.max_steps 0 "
+            "for the start alone), and merge the run folder"
+        )
     metadata = {
         "recipe": module.recipe,
         "tasks": json.dumps(module.tasks),

@@ -1,5 +1,7 @@
-"""What is learned about the merge: how many scalars weigh the task vectors, where they start, how they are bounded."""
+"""Part 2 of a method, what is learned about the merge: rules, of which the linear coefficients are one kind."""
 
-from adaptive_merge.coefficients.linear import BlockWise, Bounds, Coefficients, Fixed, LayerWise, TaskWise
+from adaptive_merge.merge.rule import Rule
+from adaptive_merge.parts import kinds
 
-__all__ = ["BlockWise", "Bounds", "Coefficients", "Fixed", "LayerWise", "TaskWise"]
+globals().update(names := kinds(__name__, Rule))
+__all__ = list(names)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from adaptive_merge.coefficients.files import load_coefficients
+from adaptive_merge.coefficients.published import ALL, read_coefficients
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.parts import BankPart
@@ -34,7 +35,8 @@ class Coefficients(Rule):
     Args:
         init: start value: a number for all, one number per task, `"average"` (1/T), `"metagpt"`
             (‖τₜ‖² / Σ‖τ‖², closed form of Zhou et al., EMNLP 2024), or the path of a run folder or of a file of
-            coefficients by name, such as published ones.
+            coefficients: one that a run wrote, or one that AdaMerging, fusion_bench or Model Tinting published (see
+            `read_coefficients`; `FILE#lw_adamergingpp` names one of the tables in AdaMerging's source file).
         bounds: `"clamp"` bounds λ to [0, 1] inside the forward, as published: outside, the gradient is zero
             and λ never returns. `"project"` clips the stored value after each step, so the gradient stays
             alive. `"free"` does not bound.
@@ -66,6 +68,14 @@ class Coefficients(Rule):
         self.free = self.trainable and self.bounds == "free"
         return self
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the arguments do not say: what is weighed and, of a file to start from, its values and not its path."""
+        groups = hashlib.sha256(repr((self.groups, self.group_of)).encode()).hexdigest()
+        reads = isinstance(self.init, str) and self.init not in ("average", "metagpt")
+        start = {"init": f"values of sha256 {self.fingerprint}"} if reads else {}
+        return {"groups": f"{len(self.groups)}, sha256 {groups}"} | start
+
     @abstractmethod
     def group_names(self, layout: Layout) -> list[str]:
         """The group of each parameter: parameters of equal group share one λ per task."""
@@ -77,7 +87,7 @@ class Coefficients(Rule):
             squares = torch.stack([vector.float().square().sum() for vector in task_vectors.vectors]).cpu()
             column = squares / squares.sum()
         elif isinstance(init, str) and init != "average":
-            return self._read(Path(init))
+            return self._read(init, task_vectors)
         elif isinstance(init, Sequence) and init != "average":
             if len(init) != tasks:
                 listed = ", ".join(self.tasks)
@@ -87,21 +97,27 @@ class Coefficients(Rule):
             column = torch.full((tasks,), 1 / tasks if init == "average" else float(init))
         return column[:, None].repeat(1, len(self.groups))
 
-    def _read(self, path: Path) -> Tensor:
-        """[T, G] of a run folder or a file, matched by the names of tasks and groups."""
-        if not path.exists():
+    def _read(self, source: str, bank: TaskVectors) -> Tensor:
+        """[T, G] of a run folder or a file, matched by the names of tasks and groups.
+
+        Task-wise values spread over all groups. Groups that no expert has moved may be absent; theirs are 0.
+        """
+        name, _, table = source.partition("#") if not Path(source).exists() else (source, "", "")
+        if not Path(name).exists():
             raise MissingFileError(
-                f"coefficients cannot start at {str(path)!r}: give a number, a list, 'average', 'metagpt', or an "
+                f"coefficients cannot start at {source!r}: give a number, a list, 'average', 'metagpt', or an "
                 "existing run folder or file of coefficients"
             )
-        path = path / "coefficients.json" if path.is_dir() else path
-        found = load_coefficients(path)
-        for wanted, given, what in ((self.tasks, found, "task"), (self.groups, next(iter(found.values())), "group")):
-            for name in (name for name in wanted if name not in given):
-                raise InputError(f"{path}: there is no coefficient for {what} {name!r}{did_you_mean(name, given)}")
-            for name in (name for name in given if name not in wanted):
-                raise InputError(f"{path}: this merge has no {what} {name!r}{did_you_mean(name, wanted)}")
-        return torch.tensor([[found[task][group] for group in self.groups] for task in self.tasks])
+        default = "tw_adamerging" if self.granularity == "task" else "lw_adamerging"
+        rows = read_coefficients(Path(name), self.tasks, bank.layout, table or default)
+        _check_names(name, "task", self.tasks, rows)
+        known = next(iter(rows.values()))
+        if list(known) == [ALL]:
+            return torch.tensor([[rows[task][ALL]] for task in self.tasks]).repeat(1, len(self.groups))
+        parts = zip(self.group_of, bank.layout.slices)
+        moved = {self.groups[group] for group, part in parts if bool(bank.vectors[:, part].any())}
+        _check_names(name, "group", [group for group in self.groups if group in moved or group in known], known)
+        return torch.tensor([[rows[task].get(group, 0.0) for group in self.groups] for task in self.tasks])
 
     def forward(self) -> Tensor:
         """Λ [T, G] as the merge uses it."""
@@ -123,6 +139,16 @@ class Coefficients(Rule):
     def project(self, part: BankPart, gradients: Sequence[Tensor | None], state: State, out: State) -> None:
         out[0].add_(project(part.bank, gradients, part.of(self.group_of), len(self.groups)))
 
+    @torch.no_grad()
+    def rebase(self, task_vectors: TaskVectors) -> None:
+        """All coefficients at 0, where the merge is the start itself; from there they move both ways."""
+        if self.trainable and self.bounds != "free":
+            raise InputError(
+                f"coefficients that go on from a start begin at 0 and move both ways; bounds {self.bounds!r} would "
+                "hold them in [0, 1], set `bounds: free`"
+            )
+        self.values.zero_()
+
     def display(self) -> Tensor:
         return self()
 
@@ -139,7 +165,7 @@ class TaskWise(Coefficients):
     granularity = "task"
 
     def group_names(self, layout: Layout) -> list[str]:
-        return ["all"] * len(layout.names)
+        return [ALL] * len(layout.names)
 
 
 class Fixed(TaskWise):
@@ -167,3 +193,13 @@ class BlockWise(Coefficients):
         blocks = layout.blocks
         last = max((index for index, block in enumerate(blocks) if block), default=-1)
         return [block or ("before" if index < last else "after") for index, block in enumerate(blocks)]
+
+
+def _check_names(path: str, what: str, expected: Sequence[str], known: Mapping[str, object]) -> None:
+    """InputError where a file lacks one of these tasks or groups, or has others."""
+    lacking = [name for name in expected if name not in known]
+    if lacking:
+        raise InputError(f"{path}: there is no coefficient for {what} {lacking[0]!r}{did_you_mean(lacking[0], known)}")
+    surplus = [name for name in known if name not in expected]
+    if surplus:
+        raise InputError(f"{path}: this merge has no {what} {surplus[0]!r}{did_you_mean(surplus[0], expected)}")

@@ -115,7 +115,7 @@ class Unseen(Transductive):
     def __init__(self, tasks: Sequence[str]) -> None:
         if not tasks:
             raise InputError("the protocol 'unseen' needs at least one task that is left out; name it in `tasks`")
-        self.unseen = tuple(dict.fromkeys(tasks))
+        self.tasks = self.unseen = tuple(dict.fromkeys(tasks))
 
     def adapted(self, task: str, size: int) -> Tensor:
         return torch.arange(0 if task in self.unseen else size)

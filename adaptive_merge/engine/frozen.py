@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class FrozenOutputs:
             table = self._tables[task, kind] = _Table(task, kind, dict(identity), size, self.folder)
         position = index.cpu()
         missing = (~table.known[position]).nonzero().flatten()
-        if len(missing) or table.values is None:  # the first batch may be a process's empty share
+        if len(missing) or not table.values.shape[1]:  # the first batch may be a process's empty share
             table.write(position[missing], compute(missing.to(index.device)))
         return table.read(position).to(index.device)
 
@@ -65,51 +66,47 @@ class _Table:
     def __init__(self, task: str, kind: str, identity: dict[str, str], size: int, folder: Path | None) -> None:
         self.identity, self.size = identity, size
         self.known = torch.zeros(size, dtype=torch.bool)
-        self.values: np.ndarray | Tensor | None = None
+        self.values = torch.empty(size, 0)  # as wide as the rows from the first write on
+        self.file: np.memmap | None = None
         # A task's name may be anything; its hash is a file name.
-        self.stem = folder / f"{kind}-{hashlib.sha256(task.encode()).hexdigest()[:16]}" if folder else None
-        if self.stem and self._path(".json").is_file():
+        stem = f"{kind}-{hashlib.sha256(task.encode()).hexdigest()[:16]}"
+        self.paths = {suffix: folder / f"{stem}{suffix}" for suffix in (".json", ".f32", ".known")} if folder else {}
+        if self.paths and self.paths[".json"].is_file():
             self._reuse(task, kind)
 
-    def _path(self, suffix: str) -> Path:
-        return self.stem.with_name(self.stem.name + suffix)
-
     def _reuse(self, task: str, kind: str) -> None:
-        header = json.loads(self._path(".json").read_text())
+        header = json.loads(self.paths[".json"].read_text())
         for what, wanted in {**self.identity, "images": self.size}.items():
             if header.get(what) != wanted:
                 raise InputError(
-                    f"{self._path('.json')}: the cached {kind} outputs of task {task!r} are of another {what} "
+                    f"{self.paths['.json']}: the cached {kind} outputs of task {task!r} are of another {what} "
                     f"({header.get(what)}, this run has {wanted}); choose another cache folder, or remove this one"
                 )
         self._map(header["width"])
-        known = np.fromfile(self._path(".known"), dtype=bool) if self._path(".known").is_file() else np.zeros(0, bool)
+        known = np.fromfile(self.paths[".known"], dtype=bool) if self.paths[".known"].is_file() else np.zeros(0, bool)
         if len(known) == self.size:
             self.known = torch.from_numpy(known)
 
     def _map(self, width: int) -> None:
-        path = self._path(".f32")
-        mode = "r+" if path.is_file() and path.stat().st_size == self.size * width * 4 else "w+"
-        self.values = np.memmap(path, dtype=np.float32, mode=mode, shape=(self.size, width))
+        path = self.paths[".f32"]
+        mode: Literal["r+", "w+"] = "r+" if path.is_file() and path.stat().st_size == self.size * width * 4 else "w+"
+        self.file = np.memmap(path, dtype=np.float32, mode=mode, shape=(self.size, width))
+        self.values = torch.from_numpy(self.file)
 
     def write(self, position: Tensor, rows: Tensor) -> None:
         rows = rows.detach().float().cpu()
-        if self.values is None and self.stem:
-            save_json(self._path(".json"), {**self.identity, "images": self.size, "width": rows.shape[1]})
+        if not self.values.shape[1] and self.paths:
+            save_json(self.paths[".json"], {**self.identity, "images": self.size, "width": rows.shape[1]})
             self._map(rows.shape[1])
-        elif self.values is None:
+        elif not self.values.shape[1]:
             self.values = torch.empty(self.size, rows.shape[1])
-        self.values[position if isinstance(self.values, Tensor) else position.numpy()] = rows
+        self.values[position] = rows
         self.known[position] = True
 
     def read(self, position: Tensor) -> Tensor:
-        return (
-            self.values[position]
-            if isinstance(self.values, Tensor)
-            else torch.from_numpy(self.values[position.numpy()])
-        )
+        return self.values[position]
 
     def flush(self) -> None:
-        if isinstance(self.values, np.memmap):
-            self.values.flush()
-            self.known.numpy().tofile(self._path(".known"))
+        if self.file is not None:
+            self.file.flush()
+            self.known.numpy().tofile(self.paths[".known"])

@@ -1,74 +1,102 @@
 """What a checkpoint belongs to: the method and the data of its run, as plain values under names that users know.
 
 A run that goes on from a checkpoint has to be the run that wrote it. What may differ is how long it takes and where
-it runs: trainer settings, processes, loader workers, evaluation batches, caches, the placement of the bank.
+it runs: trainer settings, processes, loader workers, evaluation batches, caches, the placement of the bank; and what
+people call it, the label of its recipe.
+
+Adapter files, cards and `results.json` describe a method in the same words.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Final
 
-import pytorch_lightning as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.engine.old_files import upgraded
 from adaptive_merge.errors import InputError
+from adaptive_merge.heads import Head
 from adaptive_merge.privacy import scrub
 
-__all__ = ["Identity", "check", "of_data", "of_method", "of_part", "of_parts"]
+__all__ = [
+    *("Identity", "check", "describe", "difference", "digest", "kind"),
+    *("of_data", "of_heads", "of_method", "of_model", "of_part", "of_parts", "settings"),
+]
 
 Identity = dict[str, Any]
 """Name → a string, a number, a bool, None, or a list of these."""
 
 _KEY: Final = "adaptive_merge"
 _VECTORS: Final = "task vectors"
-_DEPTH: Final = 2  # parts of parts of parts are nobody's setting
+_DEPTH: Final = 3  # of settings in settings; an object may hold itself
 _SHOWN: Final = 120  # characters of a value in a message
-# What torch and binding to a bank add to a part's own settings.
-_NO_SETTINGS: Final = frozenset(("training", "tasks", "groups", "group_of", "free"))
+# What torch and binding to a bank add to a part's own attributes.
+_BOUND: Final = frozenset(("training", "tasks", "groups", "group_of", "free"))
+# How a model learned, and not what it computes with what it learned. Groups are compared name by name.
+_LEARNING: Final = re.compile(r"objective|stage|learning rate|betas|weight|coefficients: (init|trainable|groups)\b")
 
 
-def of_parts(module: pl.LightningModule, transforms: Sequence[Any]) -> Identity:
+def of_parts(module: Any, transforms: Sequence[Any]) -> Identity:
     """Objective, stages, transforms, coefficients, adapters and heads of a module that has learned nothing yet.
 
-    Asked once, when the module is made: later the coefficients are no longer the start values, and an objective may
-    count what it has seen.
+    Asked once, when the module is made: later a part that does not keep its arguments apart may hold other values.
+
+    Args:
+        module: an `AdaptiveMerge`.
+        transforms: that its task vectors went through.
     """
     stages = list(module.stages)
-    found = of_part("objective", stages[0].objective) if len(stages) == 1 else {"stages": len(stages)}
+    parts = of_part("objective", stages[0].objective) if len(stages) == 1 else {"stages": len(stages)}
     for number, stage in enumerate(stages if len(stages) > 1 else (), 1):
-        found |= {f"stage {number}: learns": stage.learn, f"stage {number}: steps": stage.steps}
-        found |= of_part(f"stage {number}: objective", stage.objective)
-    for number, transform in enumerate(transforms, 1):
-        found |= of_part(f"transform {number}", transform)
-    found |= of_part("coefficients", module.coefficients) | _start(module.coefficients)
-    for number, adapter in enumerate(module.model.adapters, 1):
-        found |= of_part(f"adapter {number}", adapter)
-    return found | {f"head of task {task!r}": _digest(head) for task, head in module.model.heads.items()}
+        parts |= {f"stage {number}: learns": stage.learn, f"stage {number}: steps": stage.steps}
+        parts |= of_part(f"stage {number}: objective", stage.objective)
+    parts |= _numbered("transform", transforms) | of_part("coefficients", module.coefficients)
+    return parts | _numbered("adapter", module.model.adapters) | of_heads(module.model.heads)
 
 
-def of_method(module: pl.LightningModule, parts: Identity) -> Identity:
+def of_heads(heads: Mapping[str, Head]) -> Identity:
+    """Frozen heads, by the digest of their values; all but a plain cosine weight by kind and settings as well."""
+    entries: Identity = {}
+    for task, head in heads.items():
+        name, bare = f"head of task {task!r}", head.bare()
+        if isinstance(bare, Tensor):
+            entries[name] = digest(bare)
+        else:
+            entries |= of_part(name, head) | {f"{name}: {key}": digest(v) for key, v in head.state_dict().items()}
+    return entries
+
+
+def of_method(module: Any, parts: Identity) -> Identity:
     """The module's method: its parts, its optimiser and its experts.
 
     Args:
-        module: as it is now.
+        module: an `AdaptiveMerge`, as it is now.
         parts: `of_parts`, from when the module was made.
     """
     return {
-        "recipe": module.recipe,
         "tasks": list(module.tasks),
         **parts,
         "learning rate": float(module.lr),
         "learning rate of the adapters": float(module.adapter_lr),
         "betas": [float(beta) for beta in module.betas],
         "weight decay": float(module.weight_decay),
-        _VECTORS: module.model.backbone.task_vectors.fingerprint,
+        _VECTORS: module.vectors_fingerprint,
     }
+
+
+def of_model(method: Identity) -> Identity:
+    """Of a method, what decides what a model computes with the values that were learned: not how it learned them."""
+    return {name: value for name, value in method.items() if not _LEARNING.match(name)}
 
 
 def of_data(data: Any) -> Identity:
@@ -78,9 +106,9 @@ def of_data(data: Any) -> Identity:
         data: the trainer's data module; None for loaders without one.
     """
     if not isinstance(data, TaskStream):
-        return {"data": "loaders without a data module" if data is None else _name(data)}
+        return {"data": "loaders without a data module" if data is None else kind(data)}
     return {
-        "data": _name(data),
+        "data": kind(data),
         "tasks of the stream": list(data.images),
         "images per task": int(data.images_per_task),
         "sampling": data.sampling,
@@ -93,20 +121,47 @@ def of_data(data: Any) -> Identity:
 
 
 def of_part(name: str, part: Any, depth: int = _DEPTH) -> Identity:
-    """A part as its class and its public settings: `name` and `name: setting` → plain value.
+    """A part as its kind and its settings: `name` and `name: setting` → plain value.
 
     Numbers, strings, bools, None and sequences of these stand for themselves, tensors for their digest, functions
-    for their name, mappings and objects for their own settings. Secrets are hidden; what else an attribute holds
-    does not count.
+    for their name, mappings and objects for their own settings, and whatever has no attributes, such as a `Path`,
+    for how it is written. Secrets are hidden; what cannot be told from another by these does not count.
     """
     if part is None:
         return {}
-    found: Identity = {name: _name(part)}
-    for setting, value in vars(part).items():
-        derived = isinstance(getattr(type(part), setting, None), cached_property)
-        if not (derived or setting.startswith("_") or (isinstance(part, nn.Module) and setting in _NO_SETTINGS)):
-            found |= _of_setting(f"{name}: {setting}", value, depth)
-    return found
+    entries: Identity = {name: kind(part)}
+    for setting, value in settings(part).items():
+        entries |= _of_setting(f"{name}: {setting}", value, depth)
+    return entries
+
+
+def kind(part: Any) -> str:
+    """The name of a part's class, or of a function: short for this package's own, with its module for a user's."""
+    named = part if hasattr(part, "__qualname__") else type(part)
+    package = str(named.__module__).partition(".")[0]
+    return named.__qualname__ if package == _KEY else f"{named.__module__}.{named.__qualname__}"
+
+
+def settings(part: Any) -> dict[str, Any]:
+    """What tells a part from others of its class: the arguments of its constructor, by name.
+
+    Each is read from the attribute of its name. A class that keeps an argument elsewhere, or whose arguments do not
+    say all, has a property or method `settings` that gives these by name; they go before the attributes. Of a part
+    that still leaves an argument open, all public attributes count, as they are when a module is made of it.
+    """
+    arguments = _arguments(type(part))
+    values = {name: getattr(part, name) for name in arguments if _holds(part, name)} | dict(_declared(part))
+    if set(arguments) <= values.keys():
+        return values
+    return {name: value for name, value in getattr(part, "__dict__", {}).items() if _is_public(part, name)} | values
+
+
+def describe(method: Identity, name: str) -> str:
+    """A part in a few words, such as "FeatureSurgery (rank 16)"; `name` as in the method: "adapter 1"."""
+    start = f"{name}: "
+    words = [f"{key.removeprefix(start)} {value}" for key, value in method.items() if key.startswith(start)]
+    words = [text for text in words if "sha256" not in text]
+    return f"{method[name]} ({', '.join(words)})" if words else method[name]
 
 
 def check(checkpoint: Mapping[str, Any], method: Identity, data: Identity | None = None) -> None:
@@ -115,56 +170,97 @@ def check(checkpoint: Mapping[str, Any], method: Identity, data: Identity | None
     Raises:
         InputError: names the first setting that differs, what the checkpoint has and what this run has.
     """
-    found = checkpoint.get(_KEY)
-    if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in ("method", "data")):
+    recorded = checkpoint.get(_KEY)
+    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(part), dict) for part in ("method", "data")):
         raise InputError(
             "the checkpoint does not say which method and data it belongs to, so nothing can go on from it; start the "
             "run anew (--run.if_exists overwrite)"
         )
-    _compare(found["method"], method)
-    if data is not None:
-        _compare(found["data"], data)
-
-
-def _compare(found: Mapping[Any, Any], wanted: Identity) -> None:
-    # A transform changes the task vectors too, and its own settings say more.
-    for name in sorted(dict.fromkeys((*wanted, *found)), key=lambda name: name == _VECTORS):
-        if _plain(found.get(name)) != _plain(wanted.get(name)):
+    old = "recipe" in recorded["method"]
+    for part, current in (("method", method), ("data", data)):
+        if current is None:
+            continue
+        if differs := difference(upgraded(recorded[part], current) if old else recorded[part], current):
             raise InputError(
-                f"the checkpoint was written with another {str(name)[:_SHOWN]}: {_shown(found, name)}, this run has "
-                f"{_shown(wanted, name)}; resume with the settings that it was written with (the run's config.yaml), "
-                "or start a new run"
+                "the checkpoint was written with another {}: {}, this run has {}; resume with the settings that it was "
+                "written with (the run's config.yaml), or start a new run".format(*differs)
             )
 
 
+def difference(recorded: Mapping[Any, Any], current: Identity) -> tuple[str, str, str] | None:
+    """The first name that two identities differ in, and both values as a message shows them; None if they agree."""
+    # A transform changes the task vectors too, and its own settings say more.
+    for name in sorted(dict.fromkeys((*current, *recorded)), key=lambda name: name == _VECTORS):
+        if _plain(recorded.get(name)) != _plain(current.get(name)):
+            return str(name)[:_SHOWN], _shown(recorded, name), _shown(current, name)
+    return None
+
+
+def _numbered(name: str, parts: Iterable[Any]) -> Identity:
+    entries: Identity = {}
+    for number, part in enumerate(parts, 1):
+        entries |= of_part(f"{name} {number}", part)
+    return entries
+
+
+def _arguments(part: type) -> list[str]:
+    """Names of what the constructor takes; where it hands arguments on, those of the next class's as well."""
+    names: list[str] = []
+    for base in part.__mro__:
+        if base in (object, nn.Module):
+            break
+        if "__init__" not in vars(base):
+            continue
+        _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        names += named
+        if len(named) == len(parameters):
+            break
+    return list(dict.fromkeys(names))
+
+
+def _holds(part: Any, name: str) -> bool:
+    """Whether the part has an attribute that may be its argument: of the instance, and nothing that learns."""
+    if not hasattr(part, name) or isinstance(getattr(part, name), nn.Parameter):
+        return False
+    on_class = inspect.getattr_static(type(part), name, None)
+    return on_class is None or name in getattr(part, "__dict__", {}) or inspect.isdatadescriptor(on_class)
+
+
+def _is_public(part: Any, name: str) -> bool:
+    derived = isinstance(inspect.getattr_static(type(part), name, None), cached_property)
+    return not (derived or name.startswith("_") or (isinstance(part, nn.Module) and name in _BOUND))
+
+
+def _declared(part: Any) -> Mapping[str, Any]:
+    on_class = inspect.getattr_static(type(part), "settings", None)
+    if on_class is None:
+        return {}
+    declared = part.settings if inspect.isdatadescriptor(on_class) else part.settings()
+    if not isinstance(declared, Mapping):
+        raise InputError(f"`settings` of {kind(part)} has to give a mapping of names to values, got {declared!r}")
+    return declared
+
+
 def _of_setting(name: str, value: Any, depth: int) -> Identity:
-    plain = _plain(value)
+    plain = _plain(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
     if plain:
         return {name: scrub(plain[0], name.rpartition(": ")[2])}
     if isinstance(value, Tensor):
-        return {name: _digest(value)}
+        return {name: digest(value)}
     if hasattr(value, "__qualname__"):  # functions and classes
-        return {name: f"{value.__module__}.{value.__qualname__}"}
-    if not depth:
-        return {}
-    if isinstance(value, Mapping):
+        return {name: kind(value)}
+    if isinstance(value, np.ndarray):
+        return {name: digest(torch.from_numpy(value))}
+    if isinstance(value, Mapping) and depth:
         parts = [_of_setting(f"{name}: {key}", part, depth - 1) for key, part in value.items()]
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple)) and depth:
         parts = [_of_setting(f"{name} {number}", part, depth - 1) for number, part in enumerate(value, 1)]
+    elif isinstance(value, Enum) or not hasattr(value, "__dict__"):
+        parts = [] if " at 0x" in repr(value) else [{name: scrub(repr(value), name.rpartition(": ")[2])}]
     else:
-        parts = [of_part(name, value, depth - 1)] if hasattr(value, "__dict__") else []
+        parts = [of_part(name, value, depth - 1)] if depth else []
     return {key: entry for part in parts for key, entry in part.items()}
-
-
-def _start(coefficients: Any) -> Identity:
-    """Where the coefficients start and what they weigh; of a file its values count, not its path."""
-    init = coefficients.init
-    if isinstance(init, str) and init not in ("average", "metagpt"):
-        init = f"values of sha256 {coefficients.fingerprint}"
-    groups = hashlib.sha256(repr((coefficients.groups, coefficients.group_of)).encode()).hexdigest()
-    return {"coefficients: groups": f"{len(coefficients.groups)}, sha256 {groups}"} | _of_setting(
-        "coefficients: init", init, 1
-    )
 
 
 def _plain(value: Any, depth: int = 4) -> tuple[Any, ...]:
@@ -181,18 +277,15 @@ def _plain(value: Any, depth: int = 4) -> tuple[Any, ...]:
     return ()
 
 
-def _name(part: Any) -> str:
-    return f"{type(part).__module__}.{type(part).__qualname__}"
-
-
 def _shown(entries: Mapping[Any, Any], name: Any) -> str:
     plain = _plain(entries.get(name))
     text = repr(plain[0]) if name in entries and plain else "nothing readable" if name in entries else "nothing"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """sha256 of type, shape and values."""
     content = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-    digest.update(memoryview(content.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    hashed = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
+    hashed.update(content.flatten().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from adaptive_merge.adapters import Adapter
-from adaptive_merge.coefficients import Fixed
+from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.data.stream import TaskStream
-from adaptive_merge.engine import identity, step
+from adaptive_merge.engine import identity
+from adaptive_merge.engine.begin import Begun, begin, rebased
 from adaptive_merge.engine.frozen import FrozenOutputs
-from adaptive_merge.engine.losses import StepLosses
+from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.scoring import TaskScore
+from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
-from adaptive_merge.engine.teachers import FrozenViews, View
+from adaptive_merge.engine.teachers import FrozenViews
+from adaptive_merge.engine.typed import ListOf
+from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
 from adaptive_merge.merge.rule import Rule
 from adaptive_merge.merge.task_vectors import TaskVectors
-from adaptive_merge.objectives import Entropy, Objective, Prediction
+from adaptive_merge.objectives.base import Objective, Prediction
+from adaptive_merge.objectives.entropy import Entropy
 from adaptive_merge.schedule import Stage, at_step
-from adaptive_merge.transforms import Transform
+from adaptive_merge.starts.base import Start
+from adaptive_merge.transforms.base import Transform
 
 __all__ = ["AdaptiveMerge"]
 
@@ -38,9 +47,11 @@ class AdaptiveMerge(pl.LightningModule):
     Args:
         task_vectors: the bank of pre-trained weights and experts.
         backbone: any module that maps a batch to features [B, d]; its weights are not used.
-        heads: task → frozen classifier weight [C, d].
+        heads: task → frozen head: the weight [C, d] of a zero-shot classifier, a linear layer, or a `Head`.
         recipe: name of this choice of parts, for results and reports.
         transforms: applied to the task vectors in order, before merging.
+        start: solved in closed form from the stream before the first step; transforms and coefficients say from which
+            static merge, its anchor. What learns goes on from the solution: θ = θ* + Σ λₜ(θₜ − θ*), λ from 0.
         coefficients: how many coefficients, where they start, how they are bounded. Default `Fixed(0.3)`.
         adapters: what each task has of its own.
         objective: what an unlabelled batch asks for. Default `Entropy()`.
@@ -49,9 +60,10 @@ class AdaptiveMerge(pl.LightningModule):
         adapter_lr: of the adapters; default `lr`.
         betas: Adam's betas.
         weight_decay: above 0, decoupled as in AdamW.
-        accumulate: `"joint"` runs all tasks' images of a step as one batch, best on GPUs. `"per_task"` runs
-            and back-propagates one task after the other, so that one task's activations are alive at a time;
-            the gradients are the same. `"auto"`: joint on CUDA, per task elsewhere.
+        accumulate: `"joint"` runs all tasks' images of a step as one batch, best on GPUs and for small batches.
+            `"per_task"` runs and back-propagates one task after the other, so that one task's activations are alive
+            at a time; the gradients are the same. `"auto"`: joint where the activations are a small part of the
+            device's memory.
         cache: folder that keeps what frozen networks say about the images between runs; default: in memory.
         unseen: tasks whose experts are left out of the merge; they are scored with their own heads, without
             adapters. From the command line the protocol `Unseen` says which.
@@ -64,13 +76,14 @@ class AdaptiveMerge(pl.LightningModule):
         self,
         task_vectors: TaskVectors,
         backbone: nn.Module,
-        heads: Mapping[str, Tensor],
+        heads: Mapping[str, HeadLike],
         recipe: str = "custom",
         transforms: Sequence[Transform] = (),
         coefficients: Rule | None = None,
         adapters: Sequence[Adapter] = (),
         objective: Objective | None = None,
         stages: Sequence[Stage] = (),
+        start: Start | None = None,
         lr: float = 1e-3,
         adapter_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -103,13 +116,22 @@ class AdaptiveMerge(pl.LightningModule):
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores = nn.ModuleList(TaskScore() for _ in task_vectors.tasks)
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in task_vectors.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
+        self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
         self.view: View = "adapted"
         self._compares = False
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
-        self._parts, self._data = identity.of_parts(self, transforms), None
+        self._parts = identity.of_parts(self, transforms)
+        self.start = start
+        self.begun: Begun | None = None
+        self.start_folder: Path | None = None  # where a run keeps its start
+        if start is not None:
+            self._parts |= identity.of_part("start", start)
+            copy.deepcopy(self.coefficients).rebase(merged)  # refused now, not after the start is solved
+        self._data: identity.Identity | None = None
+        self._vectors: str | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -125,6 +147,30 @@ class AdaptiveMerge(pl.LightningModule):
     def merged_fingerprints(self) -> dict[str, str]:
         """sha256 of the pre-trained weights and of the experts in the merge."""
         return {name: self.experts.fingerprints[name] for name in ("pretrained", *self.tasks)}
+
+    @property
+    def _merged_experts(self) -> TaskVectors:
+        """The experts in the merge, before any transform."""
+        return self.experts.select(self.tasks) if self.unseen else self.experts
+
+    def go_on_from(self, begun: Begun) -> None:
+        """Merge around a start's solution from now on: coefficients at 0, adapters made anew."""
+        self._vectors = self.model.backbone.task_vectors.fingerprint
+        self.model.rebase(rebased(self._merged_experts, begun))
+        self.begun = begun
+        self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
+        self.views = FrozenViews(self.model, self.experts, self.views.outputs)
+        self.views.anchor = begun.anchor
+
+    @property
+    def scored_views(self) -> tuple[View, ...]:
+        """What a run is compared by, in the order of scoring."""
+        return VIEWS if self.begun is None else (*VIEWS[:2], "anchor", *VIEWS[2:])
+
+    @property
+    def vectors_fingerprint(self) -> str:
+        """sha256 of the transformed task vectors, also where a start has replaced them."""
+        return self._vectors or self.model.backbone.task_vectors.fingerprint
 
     @property
     def coefficients(self) -> Rule:
@@ -145,7 +191,7 @@ class AdaptiveMerge(pl.LightningModule):
         """Logits [B, C] of the adapted model for images of one task."""
         return self.model(task, images).logits
 
-    def training_step(self, batch: step.Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update on unlabelled batches, task → {"image", "index"}, and "weight" where processes hold unequal parts.
 
         What the model said about the images, before it learns from them, is in `said`: task → logits [B, C].
@@ -155,20 +201,18 @@ class AdaptiveMerge(pl.LightningModule):
         def expert(task: str) -> Prediction:
             return self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
 
-        losses = StepLosses(objective, batch, expert, self._mean_over_ranks, self._owns_tasks())
-        if not batch:  # more processes than tasks
-            loss = torch.stack([0.0 * value.sum() for value in self.learned if value.requires_grad]).sum()
-            loss = loss + self.model.backbone.idle(self._joint(objective))
-        elif self._joint(objective):
-            loss = step.joint(self.model, batch, losses)
+        step = Step(self.model, objective, batch, expert, self._mean_over_ranks, self._owns_tasks())
+        if self._joint(objective, batch):
+            loss = step.joint()
         else:
             parts = {} if objective.needs_blocks else batch
-            known = {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
-            loss = step.per_task(self.model, batch, losses, known, objective.needs_blocks)
-        self.said = losses.said
-        self._log_step(losses.gather(loss, self.tasks, self._processes), losses.entropies, losses.kept)
+            loss = step.per_task(
+                {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
+            )
+        self.said = step.logits
+        self._log_step(step.gather(loss, self.tasks, self._processes), step.entropies, step.kept)
         # Lightning cannot skip a step by returning None on several processes.
-        self._nothing_kept &= bool(losses.kept) and not any(losses.kept.values())
+        self._nothing_kept &= bool(step.kept) and not any(step.kept.values())
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -183,12 +227,15 @@ class AdaptiveMerge(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
-        stream = self.trainer.datamodule
-        if isinstance(stream, TaskStream) and set(stream.protocol.unseen) != set(self.unseen):
+        stream = self._stream
+        if stream and set(stream.protocol.unseen) != set(self.unseen):
             left_out = [list(stream.protocol.unseen), list(self.unseen)]
             raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
         if stage == "fit":
-            self._data = identity.of_data(self.trainer.datamodule)
+            self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
+        if self.start is not None and self.begun is None:
+            merged = self._merged_experts
+            self.go_on_from(begin(self.start, self.model, merged, self.trainer, self.start_folder))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
@@ -210,7 +257,7 @@ class AdaptiveMerge(pl.LightningModule):
             prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
             if self._compares and self.view != "pretrained" and task in self.tasks and source is not None:
                 expert = self.views.expert(task, batch, source)
-        self.scores[self.scored_tasks.index(task)].update(prediction, batch["label"], expert)
+        dict(zip(self.scored_tasks, self.scores))[task].update(prediction, batch["label"], expert)
         return {"features": prediction.features, "logits": prediction.logits}
 
     def on_validation_epoch_end(self) -> None:
@@ -221,8 +268,8 @@ class AdaptiveMerge(pl.LightningModule):
         counted = {task: values for task in shown if not (values := named[task].compute())["accuracy"].isnan()}
         found = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
         for name, tasks in {"accuracy": self.tasks, "accuracy_unseen": self.unseen}.items():
-            values = [found[f"{task}/accuracy"] for task in tasks if task in counted]
-            found |= {name: torch.stack(values).mean()} if values else {}
+            accuracies = [found[f"{task}/accuracy"] for task in tasks if task in counted]
+            found |= {name: torch.stack(accuracies).mean()} if accuracies else {}
         for key, value in found.items():
             # Loggers get the accuracies alone; the rest is for `results.json`.
             self.log(f"{self.view}/{key}", value, logger=None if "accuracy" in key.rsplit("/")[-1] else False)
@@ -265,13 +312,15 @@ class AdaptiveMerge(pl.LightningModule):
     def merged_state_dict(self, task: str | None = None) -> dict[str, Tensor]:
         """The merged weights as plain tensors that load into the plain backbone; with a task, its tints included."""
         merged = self.model.backbone.merged_state_dict()
-        for adapter in self.model.adapters if task else ():
+        if task is None:
+            return merged
+        for adapter in self.model.adapters:
             merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
         return merged
 
     @contextmanager
     def viewing(self, view: View) -> Iterator[AdaptiveMerge]:
-        """Validate one of the four models; taken in order, what the experts said serves the later ones."""
+        """Validate one of the models; taken in order, what the experts said serves the later ones."""
         before, self.view, self._compares = self.view, view, True
         try:
             yield self
@@ -284,8 +333,9 @@ class AdaptiveMerge(pl.LightningModule):
         return identity.of_method(self, self._parts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which method and data the few kilobytes belong to."""
-        checkpoint["adaptive_merge"] = {"method": self.method, "data": self._data or identity.of_data(None)}
+        """Say which method and data the few kilobytes belong to; the recipe's label is for people."""
+        data = self._data or identity.of_data(None)
+        checkpoint["adaptive_merge"] = {"recipe": self.recipe, "method": self.method, "data": data}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what was learned by another method or, to go on learning, on other data."""
@@ -299,9 +349,17 @@ class AdaptiveMerge(pl.LightningModule):
             self.model.adapters.requires_grad_(stage.learn != "coefficients")
         return stage.objective
 
-    def _joint(self, objective: Objective) -> bool:
-        wanted = self.accumulate == "joint" or (self.accumulate == "auto" and self.device.type == "cuda")
-        return wanted and self.model.shares_tower and self.coefficients.learns and not objective.needs_blocks
+    def _joint(self, objective: Objective, batch: Batch) -> bool:
+        """Whether a step is one graph; the same answer on all processes."""
+        changes = self.coefficients.learns or not self.model.plain_tower  # else features are cached
+        fits = self.model.shares_tower and changes and not objective.needs_blocks
+        if self.accumulate != "auto" or not fits:
+            return fits and self.accumulate == "joint"
+        if self._small is None:
+            images = [part["image"] for part in batch.values()]
+            small = joint_is_small(self.model.backbone, images, self._processes) if images else False
+            self._small = self.trainer.strategy.broadcast(small) if self._processes > 1 else small
+        return self._small
 
     def _log_step(self, loss: Tensor, entropies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
@@ -311,26 +369,31 @@ class AdaptiveMerge(pl.LightningModule):
             self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
 
     @property
+    def _stream(self) -> TaskStream | None:
+        """The trainer's data module, where it is a stream of ours."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data if isinstance(data, TaskStream) else None
+
+    @property
     def _processes(self) -> int:
         return self._trainer.world_size if self._trainer else 1
 
     def _owns_tasks(self) -> bool:
         """Whether each process takes whole tasks."""
-        stream = self._trainer.datamodule if self._trainer else None
-        return self._processes > 1 and isinstance(stream, TaskStream) and stream.share == "tasks"
+        return self._processes > 1 and self._stream is not None and self._stream.share == "tasks"
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         many = self._processes > 1
-        return self._trainer.strategy.reduce(value.detach(), reduce_op="mean") if many else value.detach()
+        return self.trainer.strategy.reduce(value.detach(), reduce_op="mean") if many else value.detach()
 
     def _source(self, task: str) -> Any:
         """The images that a batch's indices point into; None in a loop without a TaskStream."""
-        stream = getattr(self._trainer, "datamodule", None)
-        return stream.images.get(task) if isinstance(stream, TaskStream) else None
+        return self._stream.images.get(task) if self._stream else None
 
 
 class _CloseBank(pl.Callback):
     """After an error a process merges alone again: it may have something to save."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        pl_module.model.backbone.placement.close()
+        if isinstance(pl_module, AdaptiveMerge):
+            pl_module.model.backbone.placement.close()

@@ -6,8 +6,9 @@ from datetime import timedelta
 from typing import Final
 
 import pytorch_lightning as pl
-from lightning_fabric.plugins.collectives.torch_collective import default_pg_timeout
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+
+from adaptive_merge import upstream
 
 __all__ = ["PATIENCE", "bound_waiting", "suit_ddp"]
 
@@ -19,9 +20,7 @@ def bound_waiting(strategy: Strategy) -> None:
 
     Call before the strategy forms the processes' group. A timeout that the user gave is kept, 30 minutes too.
     """
-    # The very object, not an equal one: it is the default of the strategies' argument.
-    if getattr(strategy, "_timeout", None) is default_pg_timeout:
-        strategy._timeout = PATIENCE
+    upstream.bound_timeout(strategy, PATIENCE)
 
 
 def suit_ddp(trainer: pl.Trainer, partly_used: bool) -> None:
@@ -33,6 +32,6 @@ def suit_ddp(trainer: pl.Trainer, partly_used: bool) -> None:
     """
     if isinstance(trainer.strategy, DDPStrategy):
         options = {"find_unused_parameters": partly_used, "gradient_as_bucket_view": True}
-        trainer.strategy._ddp_kwargs = options | trainer.strategy._ddp_kwargs
+        upstream.add_ddp_options(trainer.strategy, options)
         if trainer.max_steps == 0:  # only scored; DDP refuses a module of which nothing learns
-            trainer.strategy.configure_ddp = lambda: None
+            trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +9,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from adaptive_merge.coefficients.linear import Coefficients
+from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
+from adaptive_merge.engine.old_files import upgraded_adapters
 from adaptive_merge.errors import InputError
 from adaptive_merge.sealed import load_sealed, save_sealed
 from adaptive_merge.weights.reader import check_finite
@@ -18,118 +20,99 @@ from adaptive_merge.weights.reader import check_finite
 __all__ = ["load_adapters", "save_adapters"]
 
 FORMAT: Final = "adaptive_merge.adapters"
-VERSION: Final = 1
-_COEFFICIENTS: Final = "coefficients."
+VERSION: Final = 2  # 1 knew adapters by rank, layer and depth, and coefficients by bounds and granularity
+_ROW: Final = "coefficients."  # of a task, of linear coefficients
+_RULE: Final = "rule."  # whatever else a rule keeps
 _ADAPTERS: Final = "adapters."
 
 
 def save_adapters(module: AdaptiveMerge, path: str | Path) -> None:
-    """Write coefficients (by task and group name), surgery adapters and tints of a module, atomically and sealed.
+    """Write what the merge and the adapters of a module have learned, atomically and sealed.
 
-    The manifest in the header names recipe, tasks, groups and adapters, and carries the sha256 of the pre-trained
-    weights, of every expert and of every head, so that `load_adapters` can refuse what they do not belong to.
+    Linear coefficients are kept by task and group name, another rule as its `state_dict`. The manifest in the header
+    says which model they belong to: its parts and their settings, and the sha256 of the pre-trained weights, of every
+    expert and of every head, so that `load_adapters` can refuse another.
 
     Args:
         module: an adapted module.
         path: of the `.safetensors` file to write.
     """
-    values = module.coefficients.values.detach()
-    # A copy of each row: safetensors refuses tensors that share a storage.
-    tensors = {_COEFFICIENTS + task: row.clone() for task, row in zip(module.tasks, values)}
+    rule, tensors = module.coefficients.state_dict(), {}
+    if isinstance(module.coefficients, Coefficients):
+        # A copy of each row: safetensors refuses tensors that share a storage.
+        tensors = {_ROW + task: row.clone() for task, row in zip(module.tasks, rule.pop("values"))}
+    tensors |= {_RULE + name: value for name, value in rule.items()}
     tensors |= {_ADAPTERS + name: value for name, value in module.model.adapters.state_dict().items()}
-    save_sealed(path, tensors, {FORMAT: json.dumps(_manifest(module))})
+    header = {"format": FORMAT, "version": VERSION, "recipe": module.recipe, "groups": list(module.coefficients.groups)}
+    save_sealed(path, tensors, {FORMAT: json.dumps(header | {"method": _method(module)})})
 
 
 @torch.no_grad()
 def load_adapters(module: AdaptiveMerge, path: str | Path) -> None:
-    """Put what `save_adapters` wrote into a module that was built with the same recipe over the same experts.
+    """Put what `save_adapters` wrote into a module that was built of the same parts over the same experts.
 
     Raises:
         MissingFileError: no such file.
-        InputError: changed since it was written, not such a file, or of other experts, heads, groups or adapters;
-            the module is then as it was.
+        InputError: changed since it was written, not such a file, or of other experts, heads, groups, rules or
+            adapters, or of other settings of these; the module is then as it was.
     """
     tensors, metadata = load_sealed(path)
     try:
-        groups = _checked_groups(_read_manifest(metadata, path), _manifest(module), path)
+        groups = _checked_groups(_read_manifest(metadata, path), module, path)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"`{path}`: its manifest cannot be read ({error!r}); write the file again") from error
-    order = [groups.index(group) for group in module.coefficients.groups]
-    rows = [_tensor(tensors, _COEFFICIENTS + task, (len(groups),), path)[order] for task in module.tasks]
-    state = {
-        name: _tensor(tensors, _ADAPTERS + name, tuple(value.shape), path)
-        for name, value in module.model.adapters.state_dict().items()
-    }
-    module.coefficients.values.copy_(torch.stack(rows))
-    module.model.adapters.load_state_dict(state)
+    rule, adapters = module.coefficients.state_dict(), module.model.adapters.state_dict()
+    rows = {}
+    if isinstance(module.coefficients, Coefficients):
+        del rule["values"]
+        order = [groups.index(group) for group in module.coefficients.groups]
+        values = [_tensor(tensors, _ROW + task, (len(groups),), path)[order] for task in module.tasks]
+        rows = {"values": torch.stack(values)}
+    states = [
+        {name: _tensor(tensors, prefix + name, tuple(value.shape), path) for name, value in state.items()}
+        for prefix, state in ((_RULE, rule), (_ADAPTERS, adapters))
+    ]
+    module.coefficients.load_state_dict(states[0] | rows)
+    module.model.adapters.load_state_dict(states[1])
 
 
-def _manifest(module: AdaptiveMerge) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "recipe": module.recipe,
-        "tasks": list(module.tasks),
-        "granularity": module.coefficients.granularity,
-        "bounds": module.coefficients.bounds,
-        "groups": list(module.coefficients.groups),
-        "adapters": [_describe(adapter) for adapter in module.model.adapters],
-        "experts": module.merged_fingerprints,
-        "task vectors": module.model.backbone.task_vectors.fingerprint,
-        "heads": {task: _digest(head) for task, head in module.model.heads.items()},
-    }
-
-
-def _describe(adapter: torch.nn.Module) -> dict[str, Any]:
-    """Kind and settings: what the constructor took, as far as it is a plain value."""
-    settings = {key: value for key, value in vars(adapter).items() if key in ("rank", "layer", "depth")}
-    return {"kind": type(adapter).__name__, **settings}
-
-
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().float()
-    return hashlib.sha256(str(tuple(flat.shape)).encode() + flat.numpy().tobytes()).hexdigest()
+def _method(module: AdaptiveMerge) -> identity.Identity:
+    """What the learned values belong to, the most telling first."""
+    pretrained, *experts = module.merged_fingerprints.values()
+    named = {f"expert {task!r}": fingerprint for task, fingerprint in zip(module.tasks, experts)}
+    first = {"tasks": list(module.tasks), "pre-trained model": pretrained, **named}
+    return first | identity.of_model(module.method) | identity.of_heads(module.model.heads)
 
 
 def _read_manifest(metadata: dict[str, str], path: str | Path) -> dict[str, Any]:
     if FORMAT not in metadata:
         raise InputError(f"`{path}`: sealed by this program, but not a file of adapters; expected one of save_adapters")
-    found = json.loads(metadata[FORMAT])
-    if found.get("version") != VERSION:
+    manifest = json.loads(metadata[FORMAT])
+    if manifest.get("version") not in (1, VERSION):
         raise InputError(
-            f"`{path}`: expected version {VERSION} of the adapter file, found {found.get('version')!r}; read it with "
-            "the version of the program that wrote it"
+            f"`{path}`: expected version {VERSION} of the adapter file, found {manifest.get('version')!r}; read it "
+            "with the version of the program that wrote it"
         )
-    return found
+    return manifest
 
 
-def _checked_groups(found: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> list[str]:
-    """The file's groups in its order, after refusing another recipe or other experts, most telling difference first."""
-    _same(found["tasks"], wanted["tasks"], "tasks", path)
-    for what in ("experts", "heads"):
-        for name, digest in wanted[what].items():
-            if found[what].get(name) != digest:
-                owner = f"expert {name!r}" if what == "experts" else f"the head of task {name!r}"
-                owner = "the pre-trained model" if name == "pretrained" else owner
-                raise InputError(
-                    f"`{path}`: learned with another version of {owner}: sha256 {found[what].get(name)}, this module "
-                    f"has {digest}; build the module over the checkpoints that the file was learned on"
-                )
-    for what in ("granularity", "bounds", "adapters", "task vectors"):
-        _same(found[what], wanted[what], what, path)
-    _same(sorted(found["groups"]), sorted(wanted["groups"]), "groups", path)
-    return found["groups"]
-
-
-def _same(found: Any, wanted: Any, what: str, path: str | Path) -> None:
-    if found != wanted:
-        shown = [str(value) if len(str(value)) <= 200 else f"{str(value)[:200]} …" for value in (found, wanted)]
+def _checked_groups(manifest: dict[str, Any], module: AdaptiveMerge, path: str | Path) -> list[str]:
+    """The file's groups in its order, after refusing another model."""
+    current, groups = _method(module), module.coefficients.groups
+    if manifest["version"] == 1:
+        recorded = upgraded_adapters(manifest, current, module.model.heads)
+    else:
+        recorded = manifest["method"]
+    # Linear coefficients are kept by name: their groups may stand in another order.
+    grouped = [{"groups": sorted(names)} for names in (manifest["groups"], groups)]
+    if differs := identity.difference({**recorded, **grouped[0]}, current | grouped[1]):
         raise InputError(
-            f"`{path}`: of another recipe: {what}: expected {shown[1]} as in this module, found {shown[0]}; build the "
-            "module with the configuration that the file was learned with"
+            "`{}`: learned with another {}: {}, this module has {}; build the module with the configuration and over "
+            "the checkpoints that the file was learned with".format(path, *differs)
         )
+    return manifest["groups"]
 
 
 def _tensor(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: str | Path) -> Tensor:

@@ -9,10 +9,12 @@ from string import Template
 from typing import Any, Final
 
 from adaptive_merge import __version__
-from adaptive_merge.engine.teachers import VIEWS
+from adaptive_merge.engine.identity import describe
+from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
 from adaptive_merge.export.tower import image_size
 from adaptive_merge.files import replacing
+from adaptive_merge.heads import Head
 from adaptive_merge.runs.results import footing, uses_labels
 from adaptive_merge.weights.manifest import sha256_of_files
 
@@ -30,9 +32,7 @@ _LOAD: Final = {
     'backbone.load_state_dict(load_file("FOLDER/model.safetensors"))\nfeatures = backbone(images)',
 }
 
-_LOGITS: Final = (
-    "Logits of a task are `normalize(features) @ weight.T (+ bias)` with its tensors of `heads.safetensors`."
-)
+_LOGITS: Final = "Logits of {} are `{}` with its tensors of `heads.safetensors`."
 _IN_GRAPH: Final = "The graph ends in the task's logits; its head and all that the task has of its own are inside."
 
 
@@ -47,27 +47,29 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
     module, backbone = job.module, job.module.model.backbone
     height, width = image_size(backbone)
     text = Template(resources.files("adaptive_merge.export").joinpath("card.md").read_text(encoding="utf-8"))
-    kinds = [type(adapter).__name__ for adapter in module.model.adapters]
+    method = module.method
+    adapters = [f"adapter {number}" for number, _ in enumerate(module.model.adapters, 1)]
+    numbers = sum(value.numel() for value in module.coefficients.parameters())
     content = text.substitute(
         library=_LIBRARY[format],
         title=f"{_plain(module.recipe)}: {len(module.tasks)} experts in one model",
         summary=f"A merge of {len(module.tasks)} fine-tuned image encoders, adapted on unlabelled test images.",
         protocol=_protocol(results),
         recipe=_plain(module.recipe),
-        coefficients=f"{module.coefficients.granularity}-wise, {module.coefficients.values.numel()} numbers",
-        adapters=", ".join(kinds) or "none",
+        coefficients=_plain(f"{describe(method, 'coefficients')}, {numbers:,} numbers"),
+        adapters=_plain(", ".join(describe(method, name) for name in adapters)) or "none",
         scope="all tasks (shared merge)" if job.task is None else f"task {_plain(job.task)}",
         format=format,
         images=32,
         verified=verified,
         tasks=_tasks(module.tasks, results),
         files=_files(job.folder),
-        notes=_notes(job, format, kinds),
+        notes=_notes(job, format, [_plain(method[name]) for name in adapters]),
         load=_LOAD[format],
         size=height if height == width else f"{height} x {width}",
         mean=list(getattr(backbone.skeleton, "image_mean", None) or OPENAI_MEAN),
         std=list(getattr(backbone.skeleton, "image_std", None) or OPENAI_STD),
-        logits=_IN_GRAPH if format == "onnx" and job.task is not None else _LOGITS,
+        logits=_IN_GRAPH if format == "onnx" and job.task is not None else _logits(job.folded.heads),
         experts=_experts(module.merged_fingerprints),
         version=__version__,
         command=command,
@@ -127,6 +129,13 @@ def _notes(job: Job, format: str, kinds: list[str]) -> str:
             "`heads.safetensors`, or export with `--text` and the full CLIP."
         )
     return "\n\n".join(notes)
+
+
+def _logits(heads: Mapping[str, Head]) -> str:
+    formulas = {task: head.formula for task, head in heads.items()}
+    if len(set(formulas.values())) == 1:
+        return _LOGITS.format("a task", *set(formulas.values()))
+    return "\n".join(f"- {_LOGITS.format(_plain(task), formula)}" for task, formula in formulas.items())
 
 
 def _experts(fingerprints: Mapping[str, str]) -> str:

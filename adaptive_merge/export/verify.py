@@ -32,7 +32,7 @@ def verify(job: Job, format: str) -> float:
     """
     height, width = image_size(job.module.model.backbone)
     pixels = torch.randint(0, 256, (IMAGES, 3, height, width), generator=torch.Generator().manual_seed(0))
-    images = job.module.model.backbone._normalise(pixels.to(torch.uint8))
+    images = job.module.model.backbone.normalise(pixels.to(torch.uint8))
     wanted = reference(job.module, job.task, images, logits=format == "onnx")
     with torch.no_grad():
         found = _LOADERS[format](job)(images)

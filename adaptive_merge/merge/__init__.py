@@ -3,6 +3,7 @@
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.passes import combine, project
+from adaptive_merge.merge.rule import Rule
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["Layout", "MergedBackbone", "TaskVectors", "combine", "project"]
+__all__ = ["Layout", "MergedBackbone", "Rule", "TaskVectors", "combine", "project"]

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
+from adaptive_merge.errors import InputError
+from adaptive_merge.upstream import version_of
+
 if TYPE_CHECKING:
     from adaptive_merge.merge.parts import BankPart
     from adaptive_merge.merge.task_vectors import TaskVectors
@@ -57,6 +60,16 @@ class Rule(nn.Module, ABC):
             out: where to add; starts at zero.
         """
 
+    def rebase(self, task_vectors: TaskVectors) -> None:
+        """Go on from a bank of the same tasks and parameters around a start: there θ is to be the bank's θ₀.
+
+        Called after `bind`, before anything has been learned.
+
+        Raises:
+            InputError: this rule has no such values, or its settings do not allow them.
+        """
+        raise InputError(f"{type(self).__name__} cannot go on from a start; write its `rebase`, or leave `start` out")
+
     def display(self) -> Tensor | None:
         """[T, G] of `tasks` and `groups` for people, on the rule's device; None: there is nothing to draw."""
         return None
@@ -79,7 +92,7 @@ class Rule(nn.Module, ABC):
     @property
     def version(self) -> tuple[int | bool, ...]:
         """Changes with the values, and between training and evaluation."""
-        return (self.training, *(parameter._version for parameter in self.parameters()))
+        return (self.training, *(version_of(parameter) for parameter in self.parameters()))
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +100,7 @@ class Rule(nn.Module, ABC):
         values = [parameter.detach().cpu().contiguous() for parameter in self.parameters()]
         digest = hashlib.sha256()
         for value in values:
-            digest.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+            digest.update(value.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @torch.no_grad()

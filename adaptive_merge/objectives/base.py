@@ -1,13 +1,13 @@
-"""The contract of an objective: a loss per image of an unlabelled batch.
+"""The contract of an objective: a loss per unit of an unlabelled batch.
 
-Losses are per image, not means: the engine divides by the number of images kept over all processes, so that a filter
-that keeps three images here and seven there weighs them alike.
+A unit is what the head gives a row of logits for: an image, or each of its tokens or pixels (see `heads.Head`). Losses
+are per unit, not means: the engine divides by the number of units kept over all processes, so that a filter that keeps
+three here and seven there weighs them alike.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,17 +23,20 @@ class Prediction:
 
     Args:
         features: [B, d], after the task's adapters.
-        logits: [B, C] of the task's head.
-        blocks: mean token [B, width] after each block, where somebody asked for it.
+        logits: [U, C] of the task's head; U = B where a unit is an image.
+        blocks: mean token [B, width] after each block, where an objective looks at them.
+        statistics: [S], what `Objective.statistics` gives for the images, averaged over all images of the task on all
+            processes; None outside a step.
     """
 
     features: Tensor
     logits: Tensor
     blocks: tuple[Tensor, ...] = ()
+    statistics: Tensor | None = None
 
 
 class Objective(ABC):
-    """A loss per image of one task's unlabelled batch."""
+    """A loss per unit of one task's unlabelled batch."""
 
     needs_expert: ClassVar[bool] = False
     """Whether it looks at the expert's prediction."""
@@ -44,13 +47,17 @@ class Objective(ABC):
     filters: bool = False
     """Whether `keep` may leave images out."""
 
-    average: Callable[[Tensor], Tensor] = staticmethod(lambda value: value)
-    """Makes a mean over this process's images of a task one over all processes' images; the module sets it."""
-
     @abstractmethod
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        """The loss of each image, [B]; `expert` is the frozen expert's prediction for the same images."""
+        """The loss of each unit, [U], or image, [B]; `expert` is the frozen expert's prediction for the same images."""
 
     def keep(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        """Which images count, bool [B]; not differentiated. Asked where `filters` is true; default: all."""
+        """Which losses count, bool of their shape; not differentiated. Asked where `filters` is true; default: all."""
         return torch.ones_like(prediction.logits[:, 0], dtype=torch.bool)
+
+    def statistics(self, prediction: Prediction, expert: Prediction | None) -> Tensor | None:
+        """[U, S] of which `losses` needs the mean over all images of the task, not this process's alone; no gradient.
+
+        The engine hands the mean back as `prediction.statistics`. Default: none is needed.
+        """
+        return None

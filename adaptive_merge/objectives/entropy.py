@@ -47,10 +47,17 @@ class Entropy(Objective):
     def _margin(self, prediction: Prediction) -> float:
         return math.inf if self.reliable is None else self.reliable * math.log(max(prediction.logits.shape[-1], 2))
 
+    def statistics(self, prediction: Prediction, expert: Prediction | None) -> Tensor | None:
+        return self._counted(prediction) if self.diversity else None
+
+    def _counted(self, prediction: Prediction) -> Tensor:
+        """[B, 1 + C]: whether an image counts, and its probabilities where it does."""
+        kept = self.keep(prediction, None)[:, None]
+        return torch.cat([kept, log_probabilities(prediction.logits.detach()).exp() * kept], 1)
+
     def _mean(self, prediction: Prediction) -> Tensor:
         """p̄ [C] of the images that count."""
-        kept = self.keep(prediction, None)[:, None]
-        probabilities = log_probabilities(prediction.logits.detach()).exp() * kept
-        images = max(len(kept), 1)  # a process's part of a small batch may be empty
-        share = self.average(kept.sum().to(probabilities.dtype) / images)
-        return self.average(probabilities.sum(0) / images) / share.clamp_min(1e-12)
+        statistics = prediction.statistics
+        if statistics is None:
+            statistics = self._counted(prediction).mean(0)
+        return statistics[1:] / statistics[0].clamp_min(1e-12)

@@ -26,12 +26,12 @@ class FeatureDistance(Objective):
     def __init__(self, kind: Distance = "l1", blocks: bool = False) -> None:
         if kind not in ("l1", "l2", "smooth_l1", "cosine"):
             raise InputError(f"unknown feature distance {kind!r}; choose 'l1', 'l2', 'smooth_l1' or 'cosine'")
-        self.kind, self.needs_blocks = kind, blocks
+        self.kind, self.blocks, self.needs_blocks = kind, blocks, blocks
 
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        pairs = [(prediction.features, expert.features)]
+        pairs = [(prediction.features, _required(expert).features)]
         if self.needs_blocks:
-            pairs += zip(prediction.blocks, expert.blocks)
+            pairs += zip(prediction.blocks, _required(expert).blocks)
         return torch.stack([feature_distance(ours, theirs, self.kind) for ours, theirs in pairs]).sum(0)
 
 
@@ -46,14 +46,15 @@ class PseudoLabel(Objective):
     needs_expert = True
 
     def __init__(self, soft: bool = False, confident: bool = False) -> None:
-        self.soft, self.filters = soft, confident
+        self.soft, self.confident, self.filters = soft, confident, confident
 
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        target = expert.logits.softmax(-1) if self.soft else expert.logits.argmax(-1)
+        logits = _required(expert).logits
+        target = logits.softmax(-1) if self.soft else logits.argmax(-1)
         return F.cross_entropy(prediction.logits, target, reduction="none")
 
     def keep(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        return confidence_filter(prediction.logits.detach(), expert.logits)
+        return confidence_filter(prediction.logits.detach(), _required(expert).logits)
 
 
 class ExpertDivergence(Objective):
@@ -62,4 +63,10 @@ class ExpertDivergence(Objective):
     needs_expert = True
 
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        return jensen_shannon(prediction.logits, expert.logits)
+        return jensen_shannon(prediction.logits, _required(expert).logits)
+
+
+def _required(expert: Prediction | None) -> Prediction:
+    if expert is None:
+        raise InputError("this objective is taught by the task's expert: give the expert's prediction as `expert`")
+    return expert

@@ -53,10 +53,10 @@ def _checked(source: str | Path | io.BytesIO) -> io.BytesIO:
     through a damaged directory as others do, so it gets a new one.
     """
     packed = io.BytesIO()
-    with zipfile.ZipFile(source) as found, zipfile.ZipFile(packed, "w") as new:
-        for record in found.infolist():
+    with zipfile.ZipFile(source) as written, zipfile.ZipFile(packed, "w") as new:
+        for record in written.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"record {record.filename!r} is compressed; torch.save stores without compression")
-            new.writestr(record.filename, found.read(record))
+            new.writestr(record.filename, written.read(record))
     packed.seek(0)
     return packed

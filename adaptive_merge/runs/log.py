@@ -26,19 +26,20 @@ class RunLog(CSVLogger):
 
     def __init__(self, folder: Path, resumed_at: int = 0) -> None:
         super().__init__(folder.parent, name=folder.name, version="", flush_logs_every_n_steps=1)
-        self._resumed_at = resumed_at
+        self._resumed_at, self._started = resumed_at, False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The writer, which starts with the rows that are kept."""
-        if self._experiment is None:
-            rows = self._rows_before()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*exists and is not empty.*")
-                self._experiment = super().experiment
-            self._experiment.metrics = rows
-        return self._experiment
+        if self._started:
+            return super().experiment
+        rows = self._rows_before()  # before the writer deletes the file
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+            writer = super().experiment
+        writer.metrics, self._started = rows, True
+        return writer
 
     def _rows_before(self) -> list[dict[str, str]]:
         path = Path(self.log_dir) / "metrics.csv"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_merge.errors import InputError, MissingFileError
-from adaptive_merge.engine.teachers import VIEWS
+from adaptive_merge.engine.views import VIEWS
 
 __all__ = ["read_record"]
 
@@ -34,7 +34,7 @@ def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     if results["schema"] != 1 or not tasks:
         raise KeyError("schema")
     for row in tasks.values():
-        _numbers(row, ("n", *VIEWS))
+        _numbers(row, ("n", *VIEWS, *(["anchor"] if "anchor" in row else [])))
     if results.setdefault("protocol", None) is None:
         notes.append("The protocol was not recorded: what was adapted on and what was scored is not known.")
     else:
@@ -58,7 +58,8 @@ def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _means(tasks: Mapping[str, Mapping[str, float]], names: list[str]) -> dict[str, float]:
-    return {view: float(np.mean([tasks[task][view] for task in names])) for view in VIEWS}
+    views = [view for view in (*VIEWS, "anchor") if all(view in tasks[task] for task in names)]
+    return {view: float(np.mean([tasks[task][view] for task in names])) for view in views}
 
 
 def _online(found: Any, merged: list[str]) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from torchvision import datasets
 from adaptive_merge.data.sources import FileSource, ImageSource, TorchvisionSource, folder_source
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.suites.class_names import clip_task
+from adaptive_merge.upstream import labelled_files
 
 __all__ = ["LAYOUTS", "Layout", "labelled_by_name"]
 
@@ -96,19 +97,15 @@ def _files(make: Callable[[Path], Any]) -> Callable[[Path], FileSource]:
 
     def open_(root: Path) -> FileSource:
         dataset = make(root)
-        # torchvision offers the list of files under one of these names only.
-        pairs = getattr(dataset, "_samples", None)
-        if pairs is None:
-            files = getattr(dataset, "_image_files", None) or dataset._images
-            pairs = list(zip(files, dataset._labels))
-        files = [Path(path) for path, _ in pairs]
-        return FileSource(root, files, [int(label) for _, label in pairs], getattr(dataset, "classes", []))
+        pairs = labelled_files(dataset)
+        classes = getattr(dataset, "classes", [])
+        return FileSource(root, [path for path, _ in pairs], [label for _, label in pairs], classes)
 
     return open_
 
 
 def _arrays(
-    place: str, make: Callable[[Path], Any], labels: Callable[[Any], Sequence[int]] = lambda found: found.targets
+    place: str, make: Callable[[Path], Any], labels: Callable[[Any], Sequence[int]] = lambda dataset: dataset.targets
 ) -> Callable[[Path], ImageSource]:
     """A torchvision data set of arrays, whose files lie in `place`."""
 
@@ -120,7 +117,7 @@ def _arrays(
 
 
 def _pcam_labels(dataset: Any) -> Sequence[int]:
-    with dataset.h5py.File(dataset._base_folder / dataset._FILES["test"]["targets"][0]) as file:
+    with dataset.h5py.File(Path(dataset.root) / "pcam" / "camelyonpatch_level_2_split_test_y.h5") as file:
         return file["y"][:, 0, 0, 0].astype("int64")
 
 
@@ -142,7 +139,7 @@ LAYOUTS: Final[dict[str, Layout]] = {
     ),
     "SVHN": Layout(
         "svhn/test_32x32.mat",
-        _arrays("svhn", lambda root: datasets.SVHN(str(root / "svhn"), split="test"), lambda found: found.labels),
+        _arrays("svhn", lambda root: datasets.SVHN(str(root / "svhn"), split="test"), lambda dataset: dataset.labels),
     ),
     "GTSRB": Layout(
         "gtsrb/GTSRB/Final_Test/Images/*.ppm and gtsrb/GT-final_test.csv",
@@ -160,7 +157,7 @@ LAYOUTS: Final[dict[str, Layout]] = {
     ),
     "STL10": Layout(
         "stl10_binary/{train,test,unlabeled}_X.bin, {train,test}_y.bin and class_names.txt",
-        _arrays("stl10_binary", lambda root: datasets.STL10(str(root), split="test"), lambda found: found.labels),
+        _arrays("stl10_binary", lambda root: datasets.STL10(str(root), split="test"), lambda dataset: dataset.labels),
     ),
     "OxfordIIITPet": Layout(
         "oxford-iiit-pet/images/*.jpg and annotations/test.txt",
@@ -175,7 +172,7 @@ LAYOUTS: Final[dict[str, Layout]] = {
         _arrays(
             "fer2013",
             lambda root: datasets.FER2013(str(root), split="test"),
-            lambda found: [label for _, label in found._samples],
+            lambda dataset: [label for _, label in dataset],
         ),
     ),
     "CIFAR10": Layout(

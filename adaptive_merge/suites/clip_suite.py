@@ -1,4 +1,4 @@
-"""CLIP suites: strangers' checkpoints, heads and data sets on disk, loaded together as one `Suite`."""
+"""CLIP suites: third-party checkpoints, heads and data sets on disk, loaded together as one `Suite`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.merge.task_vectors import BANK_DTYPES, TaskVectors
 from adaptive_merge.suites.base import Suite
 from adaptive_merge.suites.clip_tasks import Sizes, open_clip_task, open_folder_task
-from adaptive_merge.weights import Weights, check_agreement, read_head, read_weights
-from adaptive_merge.weights.clip import Architecture, read_architecture
+from adaptive_merge.weights import Manifest, Weights, check_agreement, read_head, read_weights
+from adaptive_merge.weights.clip import build_tower, read_architecture
 from adaptive_merge.weights.text_tower import read_text_tower
 from adaptive_merge.weights.zero_shot import zero_shot_head
 
@@ -108,11 +108,12 @@ def load_clip_suite(suite: ClipSuite, lazy: bool = False) -> Suite:
     sources = {} if lazy and suite.heads else {task: suite.source(task) for task in suite.tasks}
     _check_paths(suite)
     pretrained = read_weights(suite.pretrained, quick_gelu=architecture.quick_gelu)
-    if pretrained.manifest.mean and pretrained.manifest.std:
-        architecture = dataclasses.replace(architecture, mean=pretrained.manifest.mean, std=pretrained.manifest.std)
-    backbone = architecture.build(pretrained.tensors, suite.pretrained)
+    tower = pretrained.manifest.filled(
+        architecture, "name the architecture of these weights, or give the weights of this one"
+    )
+    backbone = build_tower(tower, pretrained.tensors, suite.pretrained)
     heads = _heads(suite, sources, architecture)
-    experts = _Experts(suite, pretrained, architecture)
+    experts = _Experts(suite, pretrained, architecture.quick_gelu)
     bank = TaskVectors.from_state_dicts(pretrained.tensors, experts, dtype=getattr(torch, suite.bank))
     size = architecture.image_size
     images = LazyImages({task: partial(_images, suite, task, sources.get(task), size, heads) for task in suite.tasks})
@@ -129,11 +130,11 @@ def _images(suite: ClipSuite, task: str, source: ImageSource | None, size: int, 
 class _Experts(Mapping[str, dict[str, Tensor]]):
     """Reads an expert when it is asked for, so that one at a time is in memory."""
 
-    def __init__(self, suite: ClipSuite, pretrained: Weights, architecture: Architecture) -> None:
-        self.suite, self.pretrained, self.architecture = suite, pretrained, architecture
+    def __init__(self, suite: ClipSuite, pretrained: Weights, quick_gelu: bool | None) -> None:
+        self.suite, self.pretrained, self.quick_gelu = suite, pretrained, quick_gelu
 
     def __getitem__(self, task: str) -> dict[str, Tensor]:
-        expert = read_weights(self.suite.expert_path(task), quick_gelu=self.architecture.quick_gelu)
+        expert = read_weights(self.suite.expert_path(task), quick_gelu=self.quick_gelu, base=self.pretrained)
         return check_agreement(self.pretrained, expert, name=task, projection=self.suite.projection).tensors
 
     def __iter__(self) -> Iterator[str]:
@@ -143,7 +144,7 @@ class _Experts(Mapping[str, dict[str, Tensor]]):
         return len(self.suite.tasks)
 
 
-def _heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Architecture) -> dict[str, Tensor]:
+def _heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Manifest) -> dict[str, Tensor]:
     if suite.heads is None:
         return _zero_shot_heads(suite, sources, architecture)
     heads = {task: read_head(suite.head_path(task)) for task in suite.tasks}
@@ -160,16 +161,14 @@ def _check_head(suite: ClipSuite, task: str, source: ImageSource, head: Tensor) 
         )
 
 
-def _zero_shot_heads(
-    suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Architecture
-) -> dict[str, Tensor]:
+def _zero_shot_heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Manifest) -> dict[str, Tensor]:
     from adaptive_merge.suites.class_names import clip_task, clip_task_names
 
     tower = read_text_tower(suite.text or suite.pretrained)
     if tower.embed_dim != architecture.embed_dim:
         raise InputError(
             f"`{suite.text or suite.pretrained}`: its text tower gives {tower.embed_dim} features, architecture "
-            f"{architecture.name} {architecture.embed_dim}; give the CLIP that the experts were fine-tuned from"
+            f"{architecture.source} {architecture.embed_dim}; give the CLIP that the experts were fine-tuned from"
         )
     model, tokenizer = tower.build(architecture.quick_gelu)
     heads = {}
@@ -181,7 +180,7 @@ def _zero_shot_heads(
             tokenizer,
             [name.replace("_", " ") for name in source.classes] if task not in clip_task_names() else source.classes,
             templates,
-            backbone=architecture.name,
+            backbone=architecture.source,
             cache=Path(suite.cache) / "heads",
         )
     return heads

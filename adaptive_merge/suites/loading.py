@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.files import shipped
+from adaptive_merge.heads import HeadLike, LinearHead
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.suites.base import Suite
 from adaptive_merge.suites.clip_folder import load_clip_folder
 from adaptive_merge.suites.embedded_tower import build_encoder
 
-__all__ = ["folder_of", "load_suite"]
+__all__ = ["folder_of", "load_suite", "read_manifest"]
 
 BankDtype = Literal["float32", "bfloat16"]
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -42,7 +43,8 @@ def load_suite(
     """Load a suite: `"embedded"`, which ships with the package, or a folder that holds its own `suite.json`.
 
     The folder is laid out like the embedded one, or is a CLIP suite (`"kind": "clip"`, see configs/clip): then its
-    `suite.json` says where checkpoints, heads and data sets lie.
+    `suite.json` says where checkpoints, heads and data sets lie. In the embedded layout a task may have the entry
+    `"head": "linear"`: its head is then a linear layer on features as they are, with `<task>.bias` if the file has one.
 
     Args:
         name: `"embedded"`, a folder that holds `suite.json`, or one that ships, such as `"clip/vit_b_32/8tasks"`.
@@ -61,7 +63,7 @@ def load_suite(
         InputError: an unknown task; a file that is damaged or does not fit the others.
     """
     folder = folder_of(name)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if dtype not in get_args(BankDtype):
         raise InputError(f"unknown dtype {dtype!r} of a bank; choose {' or '.join(map(repr, get_args(BankDtype)))}")
     if manifest.get("kind") == "clip":
@@ -120,7 +122,8 @@ class _Experts(Mapping[str, dict[str, Tensor]]):
         return len(self.tasks)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of a suite's `suite.json`."""
     path = folder / "suite.json"
     if not path.is_file():
         raise MissingFileError(
@@ -179,7 +182,7 @@ def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) 
         raise InputError(f"{path}: {error}") from error
 
 
-def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> Tensor:
+def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> HeadLike:
     head = heads.get(f"{task}.weight")
     if head is None:
         raise InputError(f"{folder / 'heads.safetensors'}: there is no head {task + '.weight'!r}")
@@ -188,4 +191,7 @@ def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, An
             f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "
             f"{len(entry['classes'])}"
         )
-    return head
+    kind = entry.get("head", "cosine")
+    if kind not in ("cosine", "linear"):
+        raise InputError(f"{folder / 'suite.json'}: unknown kind of head {kind!r} of {task!r}; choose cosine or linear")
+    return head if kind == "cosine" else LinearHead(head, heads.get(f"{task}.bias"))

@@ -1,6 +1,7 @@
-"""What the task vectors look like before merging: pure functions `TaskVectors → TaskVectors`, one file a method."""
+"""Part 1 of a method, what the task vectors look like before merging: `TaskVectors → TaskVectors`, one file each."""
 
+from adaptive_merge.parts import kinds
 from adaptive_merge.transforms.base import Transform
-from adaptive_merge.transforms.ties import Ties, ties
 
-__all__ = ["Ties", "Transform", "ties"]
+globals().update(names := kinds(__name__, Transform))
+__all__ = list(names)

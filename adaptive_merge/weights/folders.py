@@ -1,116 +1,70 @@
-"""From what a user names (file, folder, `local-dir:`, `hf-hub:`, hub id) to the files to read and their facts."""
+"""Folders of weights with a configuration beside them, whole or in shards."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar
 
-from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
-from adaptive_merge.weights import huggingface
-from adaptive_merge.weights.manifest import Facts, triple
+from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.weights.files import read_files
+from adaptive_merge.weights.manifest import Manifest, Weights
+from adaptive_merge.weights.reader import Reader
 
-__all__ = ["Plan", "plan"]
-
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILE_SUFFIXES: Final = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".safetensors", ".json")
-_OPEN_CLIP_FILES: Final = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_HUGGING_FACE_FILES: Final = ("model.safetensors", "pytorch_model.bin")
-_VISION_KEYS: Final = frozenset(
-    {
-        "layers",
-        "width",
-        "patch_size",
-        "image_size",
-        "head_width",
-        "mlp_ratio",
-        "patch_dropout",
-        "output_tokens",
-    }
-)
-_VISION_DEFAULTS: Final = (None, False, 0, "", "tok", "learnable", {}, [])
+__all__ = ["Folder", "read_json"]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The files that hold the tensors, what their folder says of the tower, and how it is called."""
+class Folder(Reader):
+    """A folder with a configuration and weights of these names, or one of its weight files."""
 
-    files: list[Path]
-    format: str | None
-    facts: Facts
+    format: ClassVar[str]
+    config: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
+    def statement(self, folder: Path) -> Manifest:
+        """What the configuration states of the tower."""
 
-def plan(source: str, revision: str | None) -> Plan:
-    """Find the files behind a name.
+    def accepts(self, path: Path) -> bool:
+        if path.is_file():
+            return path.name in self.names and (path.parent / self.config).is_file()
+        return (path / self.config).is_file() and bool(self.files(path))
 
-    Raises:
-        MissingFileError: nothing is there.
-        InputError: a folder without a known layout, or with a link that leads out of it.
-    """
-    kind, _, rest = source.partition(":")
-    if kind == "hf-hub":
-        return _hub(rest, revision)
-    path = Path(rest if kind == "local-dir" else source).expanduser()
-    if kind == "local-dir" and not path.is_dir():
-        raise MissingFileError(f"`{path}`: no such folder; `local-dir:` takes the path of an open_clip folder")
-    if path.is_dir():
-        return _folder(path, None)
-    if path.is_file():
-        return _file(path)
-    is_hub_id = _HUB_ID.fullmatch(source) and not source.endswith(_FILE_SUFFIXES)
-    if is_hub_id and not path.parent.exists():
-        return _hub(source, revision)
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise MissingFileError(f"`{path}`: no such file or folder{did_you_mean(path.name, siblings)}")
+    def files(self, path: Path) -> list[Path]:
+        if path.is_file():
+            return [path]
+        for name in self.names:
+            if (path / name).is_file():
+                return [path / name]
+            index = path / f"{name}.index.json"
+            if index.is_file():
+                return _shards(index)
+        return []
 
-
-def _hub(name: str, revision: str | None) -> Plan:
-    repository, _, stated = name.partition("@")
-    folder = huggingface.snapshot(repository, revision or stated or None)
-    found = _folder(folder, folder.name)
-    if not (revision or stated):
-        found.facts.notes.append(f"revision not pinned; this was {folder.name}, pass `revision={folder.name!r}`")
-    return found
+    def read(self, path: Path, base: Weights | None = None) -> Weights:
+        files, folder = self.files(path), path if path.is_dir() else path.parent
+        if path.is_dir():
+            for file in [*files, folder / self.config, folder / "preprocessor_config.json"]:
+                _check_inside(file, folder)
+        return read_files(files, path, [self.statement(folder)], self.format)
 
 
-def _file(path: Path) -> Plan:
-    for name, names, config, facts in _LAYOUTS:
-        if path.name in names and (path.parent / config).is_file():
-            return Plan([path], name, facts(path.parent))
-    return Plan([path], None, Facts())
-
-
-def _folder(folder: Path, revision: str | None) -> Plan:
-    for name, names, config, facts in _LAYOUTS:
-        files = [] if not (folder / config).is_file() else _weight_files(folder, names)
-        if files:
-            root = _allowed_root(folder)
-            for path in [*files, folder / config, folder / "preprocessor_config.json"]:
-                _check_inside(path, folder, root)
-            found = facts(folder)
-            found.revision = revision
-            return Plan(files, name, found)
-    raise InputError(
-        f"`{folder}`: expected open_clip_config.json with {_OPEN_CLIP_FILES[0]} (open_clip), or config.json with "
-        f"{_HUGGING_FACE_FILES[0]} (Hugging Face); found {sorted(entry.name for entry in folder.iterdir())[:8]}"
-    )
-
-
-def _weight_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """The first of `names` that is there, whole or in shards."""
-    for name in names:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _shards(index)
-    return []
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or one readable error."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"`{path}`: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"`{path}`: not readable as JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"`{path}`: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def _shards(index: Path) -> list[Path]:
-    placed = huggingface.read_json(index).get("weight_map")
+    placed = read_json(index).get("weight_map")
     names = sorted(set(placed.values())) if isinstance(placed, dict) and placed else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise InputError(f"`{index}`: `weight_map` should name files beside it, found {names[:4]}")
@@ -127,39 +81,10 @@ def _allowed_root(folder: Path) -> Path:
     return real.parent.parent if in_cache else real
 
 
-def _check_inside(path: Path, folder: Path, root: Path) -> None:
+def _check_inside(path: Path, folder: Path) -> None:
+    root = _allowed_root(folder)
     if path.exists() and not path.resolve().is_relative_to(root):
         raise InputError(
             f"`{path}`: refused, a link that leads out of `{folder}` to `{path.resolve()}`; give that file itself, or "
             "copy it into the folder"
         )
-
-
-def _open_clip_facts(folder: Path) -> Facts:
-    path = folder / "open_clip_config.json"
-    config = huggingface.read_json(path)
-    model = config.get("model_cfg")
-    vision = model.get("vision_cfg") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(vision, dict):
-        raise InputError(f"`{path}`: expected model_cfg.vision_cfg, found keys {sorted(config)[:8]}")
-    unknown = {key: vision[key] for key in vision.keys() - _VISION_KEYS if vision[key] not in _VISION_DEFAULTS}
-    if unknown or not isinstance(vision.get("layers"), int):
-        raise InputError(
-            f"`{path}`: vision_cfg has {unknown or {'layers': vision.get('layers')}}, expected a plain CLIP vision "
-            "transformer; towers of timm, ResNets and other poolings are not read"
-        )
-    facts = Facts(quick_gelu=bool(model.get("quick_gelu", False)))
-    facts.heads = int(vision.get("width", 768)) // int(vision.get("head_width", 64))
-    size: Any = vision.get("image_size")
-    facts.image_size = size if isinstance(size, int) else None
-    preprocess = config.get("preprocess_cfg")
-    if isinstance(preprocess, dict):
-        facts.mean, facts.std = triple(preprocess.get("mean")), triple(preprocess.get("std"))
-    return facts
-
-
-_Layout = tuple[str, tuple[str, ...], str, Callable[[Path], Facts]]
-_LAYOUTS: Final[tuple[_Layout, ...]] = (
-    ("open_clip", _OPEN_CLIP_FILES, "open_clip_config.json", _open_clip_facts),
-    ("huggingface", _HUGGING_FACE_FILES, "config.json", huggingface.facts_of_folder),
-)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.weights.files import open_entries
 from adaptive_merge.weights.modules import named_records
 from adaptive_merge.weights.pickles import Stub
-from adaptive_merge.weights.reader import check_finite, open_entries
+from adaptive_merge.weights.reader import check_finite
 from adaptive_merge.weights.torch_files import open_torch_file
 
 __all__ = ["read_head"]

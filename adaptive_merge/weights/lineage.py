@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from adaptive_merge.weights.open_clip_names import expected_shapes
 from adaptive_merge.weights.reader import check_finite, check_shapes
 
 __all__ = ["check_agreement"]
+
+_REMEDY: Final = (
+    "give the pre-trained model that this expert was fine-tuned from, or correct a wrong statement with "
+    "`read_weights(..., quick_gelu=...)`: with another activation all tensors would fit and only the accuracy fall"
+)
 
 
 def check_agreement(
@@ -34,36 +39,38 @@ def check_agreement(
         InputError: QuickGELU differs or is unknown; another architecture; tensors missing, extra or transposed;
             NaN or infinity; a projection that was lost.
     """
-    base, found = pretrained.manifest, expert.manifest
-    _check_activation(base, found, name)
-    _check_architecture(base, found, name)
+    base, source = pretrained.manifest, f"{expert.manifest.source} (task {name!r})"
+    _check_stated(base)
+    _check_stated(expert.manifest)
+    dataclasses.replace(expert.manifest, source=source).filled(base, _REMEDY)
     expected = {key: tuple(tensor.shape) for key, tensor in pretrained.tensors.items()}
     check_shapes(pretrained.tensors, expected_shapes(**base.architecture(), embed_dim=base.embed_dim), base.source)
-    tensors, notes = _with_projection(pretrained, expert, name, projection)
-    check_shapes(tensors, expected, f"{found.source} (task {name!r})")
+    tensors, notes = _with_projection(pretrained, expert, source, projection)
+    check_shapes(tensors, expected, source)
     for weights in (pretrained, expert):
         check_finite(weights.tensors, weights.manifest.source)
     state = _projection_state(pretrained, expert)
     embed_dim = tensors["proj"].shape[1] if "proj" in tensors else None
-    manifest = dataclasses.replace(found, projection=state, embed_dim=embed_dim, notes=(*found.notes, *notes))
+    notes = (*expert.manifest.notes, *notes)
+    manifest = dataclasses.replace(expert.manifest, projection=state, embed_dim=embed_dim, notes=notes)
     return Weights({key: tensors[key] for key in expected}, manifest)
 
 
 def _with_projection(
-    pretrained: Weights, expert: Weights, name: str, projection: str
+    pretrained: Weights, expert: Weights, source: str, projection: str
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The expert's tensors, with the pre-trained `proj` where they may go without one, and what was done."""
-    base, found = pretrained.manifest, expert.manifest
+    base = pretrained.manifest
     if "proj" in expert.tensors and "proj" not in pretrained.tensors:
         raise InputError(
-            f"`{base.source}`: tensor `proj`: expected, because `{found.source}` (task {name!r}) has one, found none; "
+            f"`{base.source}`: tensor `proj`: expected, because `{source}` has one, found none; "
             "give a pre-trained model with its projection (CLIPVisionModelWithProjection, CLIPModel or open_clip)"
         )
     if "proj" in expert.tensors or "proj" not in pretrained.tensors:
         return expert.tensors, []
-    if found.format != "huggingface" and projection != "pretrained":
+    if expert.manifest.format != "huggingface" and projection != "pretrained":
         raise InputError(
-            f"`{found.source}` (task {name!r}): tensor `proj`: expected shape "
+            f"`{source}`: tensor `proj`: expected shape "
             f"{tuple(pretrained.tensors['proj'].shape)}, found none; its fine-tuned projection is lost unless it was "
             'frozen. If it was, say `projection="pretrained"`; otherwise get the original checkpoint'
         )
@@ -71,32 +78,12 @@ def _with_projection(
     return {**expert.tensors, "proj": pretrained.tensors["proj"]}, [note]
 
 
-def _check_activation(base: Manifest, found: Manifest, name: str) -> None:
-    for manifest in (base, found):
-        if manifest.quick_gelu is None:
-            raise InputError(
-                f"`{manifest.source}`: the file does not say whether its activation is QuickGELU; state it, "
-                "`read_weights(..., quick_gelu=True)` for OpenAI's CLIP and everything fine-tuned from it, False for "
-                "towers trained with plain GELU (most of LAION's)"
-            )
-    if base.quick_gelu != found.quick_gelu:
+def _check_stated(manifest: Manifest) -> None:
+    if manifest.quick_gelu is None:
         raise InputError(
-            f"`{found.source}` (task {name!r}): QuickGELU: expected {base.quick_gelu} as in `{base.source}`, found "
-            f"{found.quick_gelu}; all tensors would fit and only the accuracy fall. Use models of one origin, or "
-            "correct a wrong statement with `read_weights(..., quick_gelu=...)`"
-        )
-
-
-def _check_architecture(base: Manifest, found: Manifest, name: str) -> None:
-    ours, theirs = base.architecture(), found.architecture()
-    if base.heads is not None and found.heads is not None:
-        ours, theirs = {**ours, "heads": base.heads}, {**theirs, "heads": found.heads}
-    differing = [fact for fact in ours if ours[fact] != theirs[fact]]
-    if differing:
-        facts = "; ".join(f"{fact}: expected {ours[fact]}, found {theirs[fact]}" for fact in differing)
-        raise InputError(
-            f"`{found.source}` (task {name!r}): another architecture than `{base.source}`: {facts}; give the "
-            "pre-trained model that this expert was fine-tuned from"
+            f"`{manifest.source}`: the file does not say whether its activation is QuickGELU; state it, "
+            "`read_weights(..., quick_gelu=True)` for OpenAI's CLIP and everything fine-tuned from it, False for "
+            "towers trained with plain GELU (most of LAION's)"
         )
 
 

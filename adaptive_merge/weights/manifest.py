@@ -21,28 +21,28 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """The identity of one image tower.
+    """One image tower: what a file, a folder, an architecture's name or the caller states of it; None is "not stated".
 
     `quick_gelu` is part of it: weights trained with x·σ(1.702x) load into a GELU tower without a complaint and
-    only the accuracy falls. `None` means that the file does not say.
+    only the accuracy falls.
 
     `projection` is `"present"` or `"absent"` as read; after `check_agreement` it is `"trained"` where it differs
     from the pre-trained one and `"pretrained"` where it was taken from there.
     """
 
-    width: int
-    layers: int
-    patch: int
-    image_size: int
-    mlp_width: int
-    embed_dim: int | None
-    heads: int | None
-    quick_gelu: bool | None
-    projection: Literal["present", "absent", "trained", "pretrained"]
     source: str
-    format: str
-    sha256: str
-    dtype: str
+    width: int | None = None
+    layers: int | None = None
+    patch: int | None = None
+    image_size: int | None = None
+    mlp_width: int | None = None
+    embed_dim: int | None = None
+    heads: int | None = None
+    quick_gelu: bool | None = None
+    projection: Literal["present", "absent", "trained", "pretrained"] | None = None
+    format: str = ""
+    sha256: str = ""
+    dtype: str = ""
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     revision: str | None = None
@@ -50,12 +50,44 @@ class Manifest:
     notes: tuple[str, ...] = ()
 
     def architecture(self) -> dict[str, int | None]:
-        """The facts that two towers must share to be merged, by name."""
+        """The sizes that two towers must share to be merged, by name."""
         return {name: getattr(self, name) for name in ("width", "layers", "patch", "image_size", "mlp_width")}
+
+    def filled(self, other: Manifest, remedy: str) -> Manifest:
+        """This manifest, with what it leaves open as `other` states it.
+
+        Raises:
+            InputError: both state a size, the heads or the activation, and not the same.
+        """
+        differing = [
+            f"{fact.replace('quick_gelu', 'QuickGELU')}: expected {getattr(other, fact)}, found {getattr(self, fact)}"
+            for fact in (*self.architecture(), "heads", "quick_gelu")
+            if None not in (getattr(self, fact), getattr(other, fact)) and getattr(self, fact) != getattr(other, fact)
+        ]
+        if differing:
+            raise InputError(f"`{self.source}`: does not fit `{other.source}`: {'; '.join(differing)}; {remedy}")
+        stated = {field.name: getattr(other, field.name) for field in dataclasses.fields(self)}
+        still = {name: value for name, value in stated.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **still, notes=self.notes + other.notes)
 
     def to_metadata(self) -> dict[str, str]:
         """A safetensors metadata entry that `read_weights` recognises in a file of ours."""
         return {METADATA_KEY: json.dumps(dataclasses.asdict(self), sort_keys=True)}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], path: Path) -> Manifest:
+        """What a safetensors file of ours states of its tower beside the tensors; nothing for a third party's."""
+        if METADATA_KEY not in metadata:
+            return cls(str(path))
+        try:
+            entry = json.loads(metadata[METADATA_KEY])
+            facts = {name: entry[name] for name in ("heads", "quick_gelu", "image_size")}
+            return cls(str(path), **facts, mean=triple(entry["mean"]), std=triple(entry["std"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"`{path}`: metadata entry {METADATA_KEY!r} cannot be read ({error!r}), although this program writes "
+                "it; the file is damaged, so export or copy it again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -64,62 +96,6 @@ class Weights:
 
     tensors: dict[str, Tensor] = field(repr=False)
     manifest: Manifest
-
-
-@dataclass
-class Facts:
-    """What a container says about the tower it holds; `None` is "does not say"."""
-
-    heads: int | None = None
-    quick_gelu: bool | None = None
-    image_size: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    revision: str | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def manifest(
-        self,
-        architecture: dict[str, Any],
-        *,
-        source: str,
-        format: str,
-        sha256: str,
-        dtype: str,
-        dropped: tuple[str, ...],
-    ) -> Manifest:
-        """These facts and those of the tensors as a manifest."""
-        return Manifest(
-            **architecture,
-            heads=self.heads,
-            quick_gelu=self.quick_gelu,
-            projection="absent" if architecture["embed_dim"] is None else "present",
-            source=source,
-            format=format,
-            sha256=sha256,
-            dtype=dtype,
-            mean=self.mean,
-            std=self.std,
-            revision=self.revision,
-            dropped=dropped,
-            notes=tuple(self.notes),
-        )
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, str], path: Path) -> Facts:
-        """The facts that a safetensors file of ours carries; empty for a stranger's."""
-        if METADATA_KEY not in metadata:
-            return cls()
-        try:
-            found = json.loads(metadata[METADATA_KEY])
-            heads, quick_gelu, size = found["heads"], found["quick_gelu"], found["image_size"]
-            mean, std = triple(found["mean"]), triple(found["std"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"`{path}`: metadata entry {METADATA_KEY!r} cannot be read ({error!r}), although this program writes "
-                "it; the file is damaged, so export or copy it again"
-            ) from error
-        return cls(heads=heads, quick_gelu=quick_gelu, image_size=size, mean=mean, std=std)
 
 
 def triple(values: Any) -> tuple[float, float, float] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.weights.manifest import Facts, triple
+from adaptive_merge.weights.manifest import Manifest, triple
 from adaptive_merge.weights.pickles import Stub, TensorRecord
 from adaptive_merge.weights.torch_files import TorchFile
 
@@ -29,35 +29,34 @@ def named_records(file: TorchFile) -> dict[str, TensorRecord]:
     if isinstance(root, dict):
         wrapped = [root[key] for key in _WRAPPERS if isinstance(root.get(key), dict | Stub)]
         root = wrapped[0] if wrapped and not _tensors(root) else root
-    found = _tensors(root) if isinstance(root, dict) else {}
+    records = _tensors(root) if isinstance(root, dict) else {}
     if isinstance(root, Stub):
         for prefix, stub in _modules(root, str(file.path)):
-            found.update((prefix + name, record) for name, record in _own_tensors(stub).items())
-    if not found:
+            records.update((prefix + name, record) for name, record in _own_tensors(stub).items())
+    if not records:
         what = getattr(root, "origin", type(root).__name__)
         raise InputError(
             f"`{file.path}`: holds `{what}`, which has no named tensors; expected a state dict or a saved module"
         )
-    return found
+    return records
 
 
-def facts_of_module(file: TorchFile) -> Facts:
-    """What a whole pickled module says about its tower: the activation, the heads, the normalisation."""
-    facts = Facts()
+def facts_of_module(file: TorchFile) -> Manifest:
+    """What a whole pickled module states of its tower: the activation, the heads, the normalisation."""
     if not isinstance(file.root, Stub):
-        return facts
+        return Manifest(str(file.path))
     activations: set[bool] = set()
+    heads = None
     for prefix, stub in _modules(file.root, str(file.path)):
         if "visual." not in prefix:
             continue
         if stub.origin.endswith(_QUICK) or stub.origin == _PLAIN:
             activations.add(stub.origin.endswith(_QUICK))
-        heads = stub.state.get("num_heads")
-        if isinstance(heads, int) and prefix.endswith("resblocks.0.attn."):
-            facts.heads = heads
-    facts.quick_gelu = activations.pop() if len(activations) == 1 else None
-    facts.mean, facts.std = _normalisation(file.root)
-    return facts
+        if prefix.endswith("resblocks.0.attn.") and isinstance(stub.state.get("num_heads"), int):
+            heads = stub.state["num_heads"]
+    quick_gelu = activations.pop() if len(activations) == 1 else None
+    mean, std = _normalisation(file.root)
+    return Manifest(str(file.path), heads=heads, quick_gelu=quick_gelu, mean=mean, std=std)
 
 
 def _tensors(items: dict[Any, Any]) -> dict[str, TensorRecord]:
@@ -83,8 +82,8 @@ def _modules(root: Stub, path: str) -> Iterator[tuple[str, Stub]]:
         yield prefix, stub
         children = stub.state.get("_modules") if "_parameters" in stub.state else stub.state
         named = children.items() if isinstance(children, dict) else ()
-        found = [(f"{prefix}{name}.", child, depth + 1) for name, child in named if isinstance(child, Stub)]
-        stack.extend(reversed(found))
+        nested = [(f"{prefix}{name}.", child, depth + 1) for name, child in named if isinstance(child, Stub)]
+        stack.extend(reversed(nested))
 
 
 def _normalisation(root: Stub) -> tuple[Any, Any]:

@@ -1,21 +1,18 @@
-"""`read_weights`: one entry for every published form of a CLIP image tower."""
+"""What every form of a CLIP image tower goes through: a `Reader` finds tensors, `assemble` checks and names them."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import ClassVar, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.weights import huggingface
-from adaptive_merge.weights.folders import plan
-from adaptive_merge.weights.manifest import Facts, Weights, sha256_of_files
-from adaptive_merge.weights.modules import facts_of_module, named_records
+from adaptive_merge.weights import huggingface_names as huggingface
+from adaptive_merge.weights.manifest import Manifest, Weights, sha256_of_files
 from adaptive_merge.weights.open_clip_names import (
     architecture_of,
     expected_shapes,
@@ -23,66 +20,77 @@ from adaptive_merge.weights.open_clip_names import (
     is_text_leftover,
     tower_prefix,
 )
-from adaptive_merge.weights.torch_files import open_torch_file
 
-__all__ = ["check_finite", "check_shapes", "open_entries", "read_weights"]
+__all__ = ["Loader", "Reader", "assemble", "check_finite", "check_shapes"]
 
 Loader = Callable[[], Tensor]
 
 _FLOATING: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def read_weights(path_or_id: str | Path, *, quick_gelu: bool | None = None, revision: str | None = None) -> Weights:
-    """The image tower in a file, folder or hub repository, as float32 tensors under open_clip's names.
+class Reader(ABC):
+    """One form in which a tower is published. A new form is a subclass in a file of its own; importing it is enough.
+
+    Subclasses that state `expects` are known to `read_weights`, which takes the first that accepts, the newest asked
+    first.
+    """
+
+    expects: ClassVar[str]
+    kinds: ClassVar[list[type[Reader]]] = []
+
+    def __init_subclass__(cls) -> None:
+        if "expects" in cls.__dict__:
+            Reader.kinds.insert(0, cls)
+
+    @abstractmethod
+    def accepts(self, path: Path) -> bool:
+        """Whether this file or folder, which is there, has the form."""
+
+    @abstractmethod
+    def read(self, path: Path, base: Weights | None = None) -> Weights:
+        """The tower; `base` is the pre-trained one, for forms that hold a difference to it.
+
+        Raises:
+            InputError, MissingFileError: naming the file, the tensor, what was expected, found, and the remedy.
+        """
+
+    def files(self, path: Path) -> list[Path]:
+        """The files that hold the tensors."""
+        return [path]
+
+
+def assemble(
+    loaders: Mapping[str, Loader], statements: Sequence[Manifest], path: Path, files: list[Path], format: str
+) -> Weights:
+    """The tower among named tensors, complete, finite and in float32, with a manifest of all that is known of it.
 
     Args:
-        path_or_id: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.pkl` file (state dict, whole CLIP, or a whole
-            pickled model, of which nothing is run), an open_clip or Hugging Face folder, `local-dir:<folder>`,
-            `hf-hub:<org>/<name>[@revision]` or a hub id.
-        quick_gelu: the activation of the tower where the file cannot say it; True for OpenAI's weights and
-            everything fine-tuned from them.
-        revision: commit, tag or branch of a hub repository.
-
-    Raises:
-        MissingFileError, InputError: naming the file, the tensor, what was expected, found, and the remedy.
+        loaders: by whatever names; read one by one.
+        statements: what configurations and containers state of the tower; the first is believed on its normalisation.
+        path: how messages call it.
+        files: where the tensors are from, for the digest.
     """
-    source = str(path_or_id)
-    found = plan(source, revision)
-    loaders: dict[str, Loader] = {}
-    for path in found.files:
-        entries, form, facts = open_entries(path)
-        loaders.update(entries)
-    _merge_facts(facts, found.facts, quick_gelu, source)
-    tensors, dropped = _select(loaders, source)
-    tensors = fuse_attention(tensors, source)
-    architecture = architecture_of(tensors, source)
+    tensors, dropped = _select(loaders, str(path))
+    tensors = fuse_attention(tensors, str(path))
+    architecture = architecture_of(tensors, str(path))
     shapes = expected_shapes(**architecture)
-    check_shapes(tensors, shapes, source)
-    _check_image_size(facts, architecture["image_size"], source)
+    check_shapes(tensors, shapes, str(path))
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-    ordered = {name: _as_float32(tensors[name], name, source) for name in shapes}
-    check_finite(ordered, source)
-    facts.notes.extend(_notes(stored, dropped))
-    manifest = facts.manifest(
-        architecture,
-        source=source,
-        format=found.format or form,
-        sha256=sha256_of_files(found.files),
+    manifest = Manifest(
+        str(path),
+        **architecture,
+        projection="absent" if architecture["embed_dim"] is None else "present",
+        format=format,
+        sha256=sha256_of_files(files),
         dtype=", ".join(stored),
         dropped=tuple(dropped),
+        notes=_notes(stored, dropped),
     )
+    for statement in statements:
+        manifest = manifest.filled(statement, "correct the configuration, or give the weights that belong to it")
+    ordered = {name: _as_float32(tensors[name], name, str(path)) for name in shapes}
+    check_finite(ordered, str(path))
     return Weights(ordered, manifest)
-
-
-def open_entries(path: Path) -> tuple[dict[str, Loader], str, Facts]:
-    """Every named tensor of a file as a loader, the file's format, and what the file itself says of the tower."""
-    if _is_safetensors(path):
-        return _open_safetensors(path)
-    file = open_torch_file(path)
-    records = named_records(file)
-    loaders = {name: _torch_loader(file.tensor, record, name) for name, record in records.items()}
-    whole = not isinstance(file.root, dict)
-    return loaders, f"{file.kind} {'module' if whole else 'state dict'}", facts_of_module(file)
 
 
 def check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], path: str) -> None:
@@ -97,11 +105,11 @@ def check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]
             "expected the names of open_clip's `visual` tower or of a Hugging Face CLIP; remove what does not belong"
         )
     for name, shape in expected.items():
-        found = tuple(tensors[name].shape)
-        if found != shape:
-            turned = found == shape[::-1] and len(shape) > 1
+        stored = tuple(tensors[name].shape)
+        if stored != shape:
+            turned = stored == shape[::-1] and len(shape) > 1
             remedy = "it is transposed: save it the other way round" if turned else "it is of another architecture"
-            raise InputError(f"`{path}`: tensor `{name}`: expected shape {shape}, found {found}; {remedy}")
+            raise InputError(f"`{path}`: tensor `{name}`: expected shape {shape}, found {stored}; {remedy}")
 
 
 def check_finite(tensors: dict[str, Tensor], path: str) -> None:
@@ -117,69 +125,17 @@ def check_finite(tensors: dict[str, Tensor], path: str) -> None:
                 )
 
 
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(9)
-    if path.suffix == ".safetensors":
-        return True
-    return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] <= path.stat().st_size
-
-
-def _open_safetensors(path: Path) -> tuple[dict[str, Loader], str, Facts]:
-    try:
-        file = safe_open(path, framework="pt")
-        names, metadata = list(file.keys()), dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"`{path}`: not a readable safetensors file ({error}); it is damaged, so copy or download it again"
-        ) from error
-    loaders = {name: _safetensors_loader(file, name) for name in names}
-    return loaders, "safetensors", Facts.from_metadata(metadata, path)
-
-
-def _torch_loader(load: Callable[[Any, str], Tensor], record: Any, name: str) -> Loader:
-    return lambda: load(record, name)
-
-
-def _safetensors_loader(file: Any, name: str) -> Loader:
-    return lambda: file.get_tensor(name)
-
-
-def _merge_facts(facts: Facts, folder: Facts, quick_gelu: bool | None, source: str) -> None:
-    """Fold what the folder and the caller say into what the file says; a contradiction is an error."""
-    said = {"the file": facts.quick_gelu, "the configuration": folder.quick_gelu, "`quick_gelu=`": quick_gelu}
-    known = {who: value for who, value in said.items() if value is not None}
-    if len(set(known.values())) > 1:
-        raise InputError(
-            f"`{source}`: QuickGELU: {', '.join(f'{who} says {value}' for who, value in known.items())}; leave out "
-            "`quick_gelu=` or mend the configuration, since the wrong one only shows as low accuracy"
-        )
-    facts.quick_gelu = next(iter(known.values()), None)
-    for name in ("heads", "image_size", "mean", "std", "revision"):
-        if getattr(folder, name) is not None:
-            setattr(facts, name, getattr(folder, name))
-    facts.notes.extend(folder.notes)
-
-
-def _check_image_size(facts: Facts, found: int, source: str) -> None:
-    if facts.image_size not in (None, found):
-        raise InputError(
-            f"`{source}`: the configuration says image_size {facts.image_size}, the tensor `positional_embedding` "
-            f"fits {found}; mend the configuration"
-        )
-
-
-def _notes(stored: list[str], dropped: list[str]) -> list[str]:
+def _notes(stored: list[str], dropped: list[str]) -> tuple[str, ...]:
     notes = []
-    strangers = [name for name in dropped if not is_text_leftover(name)]
-    if strangers:
-        notes.append(f"not part of the image tower, dropped: {', '.join(strangers[:6])}")
+    others = [name for name in dropped if not is_text_leftover(name)]
+    if others:
+        notes.append(f"not part of the image tower, dropped: {', '.join(others[:6])}")
     if stored != ["float32"]:
         notes.append(f"stored as {', '.join(stored)}, cast to float32")
-    return notes
+    return tuple(notes)
 
 
-def _select(loaders: dict[str, Loader], source: str) -> tuple[dict[str, Tensor], list[str]]:
+def _select(loaders: Mapping[str, Loader], source: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tower's tensors by open_clip's names (q, k, v maybe still apart), and the names that were left."""
     prefix = tower_prefix(loaders, huggingface.MARKER, source)
     if prefix is not None:
@@ -195,7 +151,7 @@ def _select(loaders: dict[str, Loader], source: str) -> tuple[dict[str, Tensor],
     return {name.removeprefix(prefix): loaders[name]() for name in inside}, dropped
 
 
-def _select_huggingface(loaders: dict[str, Loader], prefix: str, source: str) -> tuple[dict[str, Tensor], list[str]]:
+def _select_huggingface(loaders: Mapping[str, Loader], prefix: str, source: str) -> tuple[dict[str, Tensor], list[str]]:
     projection = prefix.removesuffix("vision_model.") + huggingface.PROJECTION
     tensors: dict[str, Tensor] = {}
     dropped = []

@@ -11,9 +11,10 @@ from open_clip.model import CLIP
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.weights.folders import plan
-from adaptive_merge.weights.huggingface import read_json
-from adaptive_merge.weights.reader import open_entries
+from adaptive_merge.weights.files import open_entries
+from adaptive_merge.weights.folders import read_json
+from adaptive_merge.weights.open_clip import OpenClip
+from adaptive_merge.weights.sources import locate, reader_of
 
 __all__ = ["TextTower", "read_text_tower"]
 
@@ -45,18 +46,18 @@ def read_text_tower(source: str) -> TextTower:
     Raises:
         MissingFileError, InputError: nothing there, or no complete text tower under open_clip's names.
     """
-    found = plan(source, None)
+    path, _ = locate(source)
+    reader = reader_of(path)
     tensors: dict[str, Tensor] = {}
-    for path in found.files:
-        loaders, _, _ = open_entries(path)
+    for file in reader.files(path):
+        loaders, _, _ = open_entries(file)
         names = [name for name in loaders if not name.startswith("visual.") and ".visual." not in name]
         tensors |= {name.removeprefix("module."): loaders[name]().float() for name in names}
     config = _config(tensors, source)
-    folder = found.files[0].parent / "open_clip_config.json"
-    if found.format == "open_clip":
-        config |= {
-            key: value for key, value in read_json(folder)["model_cfg"].get("text_cfg", {}).items() if key in config
-        }
+    if isinstance(reader, OpenClip):
+        folder = path if path.is_dir() else path.parent
+        stated = read_json(folder / reader.config)["model_cfg"].get("text_cfg", {})
+        config |= {key: value for key, value in stated.items() if key in config}
     tensors = {name: value for name, value in tensors.items() if name in _names(config["layers"])}
     missing = [name for name in _names(config["layers"]) if name not in tensors]
     if missing:

@@ -5,7 +5,8 @@ from fitting import STEPS, fit
 
 import adaptive_merge as am
 from adaptive_merge.data.sampler import draw, shuffled
-from adaptive_merge.objectives import PseudoLabel, confidence_filter
+from adaptive_merge.objectives.functional import confidence_filter
+from adaptive_merge.objectives.taught import PseudoLabel
 
 
 @pytest.mark.parametrize("confident", [False, True])

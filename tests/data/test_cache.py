@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import adaptive_merge as am
-from adaptive_merge.data import image_cache
+from adaptive_merge.data import cache as image_cache
 from adaptive_merge.data.cache import cached_images, resized
 from adaptive_merge.data.sources import folder_source
 

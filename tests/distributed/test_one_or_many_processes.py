@@ -118,7 +118,7 @@ def learn(world, folder, name):
 
 def skip(world, folder, callbacks, **settings):
     bank, toy, heads, images = parts()
-    module, guard = am.AdaMerging(bank, toy, heads, lr=0.05, **settings), FaultGuard()
+    module, guard = am.AdaMerging(bank, toy, heads, lr=0.05, accumulate="per_task", **settings), FaultGuard()
     trainer = guarded(folder, world, [*callbacks, guard], max_steps=8)
     trainer.fit(module, datamodule=am.TaskStream(images, 8))
     moments = trainer.optimizers[0].state_dict()["state"][0]

@@ -2,7 +2,10 @@
 
 import hashlib
 import shutil
+from enum import Enum
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,11 +24,11 @@ SECRET = "planted0objective0key"
 class Mine(am.PseudoLabel):
     """A user's own objective, with every kind of attribute."""
 
-    def __init__(self, temperature=2.0, table=(1, 2), shape=torch.relu, prior=None, inner=None):
+    def __init__(self, temperature=2.0, table=(1, 2), shape=torch.relu, prior=None, inner=None, api_key=SECRET):
         super().__init__(confident=True)
         self.temperature, self.table, self.shape, self.inner = temperature, table, shape, inner
         self.prior = torch.zeros(3) if prior is None else prior
-        self.api_key, self.handle, self._seen = SECRET, object(), 0
+        self.api_key, self.handle, self._seen = api_key, object(), 0
         self.count = 0
 
     def losses(self, prediction, expert):
@@ -80,7 +83,6 @@ def other_heads():
 
 
 METHODS = {
-    "recipe": lambda: {"recipe": "other"},
     "transform 1": lambda: {"transforms": []},
     "transform 1: density": lambda: {"transforms": [am.Ties(0.4)]},
     "transform 1: reduce": lambda: {"transforms": [am.Ties(0.5, reduce="mean")]},
@@ -190,6 +192,7 @@ def test_what_does_not_change_what_is_learned_may_differ(written, tmp_path):
     data = stream(relabelled(), num_workers=1, eval_batch_size=3, share="tasks")
     assert fit(tmp_path, learner, data, written, steps=4, gradient_clip_val=100.0).global_step == 4
     assert fit(tmp_path, module(lr=0.01, betas=[0.9, 0.999]), source=written, steps=3).global_step == 3
+    assert fit(tmp_path, module(recipe="another label"), source=written, steps=3).global_step == 3
 
 
 def test_validation_looks_at_the_method_only(written, tmp_path):
@@ -214,8 +217,8 @@ def test_coefficients_of_a_file_count_by_their_values(tmp_path):
 
 def test_it_is_plain_small_and_without_secrets_and_addresses(written):
     told = read_checkpoint(written)["adaptive_merge"]
-    assert set(told) == {"method", "data"}
-    assert told["method"]["objective: count"] == 0, "the objective as it was given, not as it is after two steps"
+    assert set(told) == {"recipe", "method", "data"}
+    assert not {"objective: count", "objective: handle", "objective: filters"} & set(told["method"]), "no state"
     assert told["method"]["objective: api_key"] == "(hidden)"
     assert "0x" not in str({key: value for key, value in told["method"].items() if "sha256" not in str(value)})
     content = written.read_bytes()
@@ -232,9 +235,10 @@ class Payload:
     [
         ("text", "does not say which method"),
         ({}, "does not say which method"),
-        ({"method": {"recipe": "mine"}, "data": {}}, "another tasks: nothing"),
-        ({"method": {"recipe": torch.zeros(2)}, "data": {}}, "another recipe: nothing readable"),
-        ({"method": {"recipe": "\x1b[2J" + "x" * 10_000}, "data": {}}, r"another recipe: '\\x1b\[2Jx+…"),
+        ({"method": {}, "data": {}}, "another tasks: nothing,"),
+        ({"method": {"recipe": "mine"}, "data": {}}, "another tasks: nothing,"),
+        ({"method": {"tasks": torch.zeros(2)}, "data": {}}, "another tasks: nothing readable"),
+        ({"method": {"tasks": "\x1b[2J" + "x" * 10_000}, "data": {}}, r"another tasks: '\\x1b\[2Jx+…"),
     ],
 )
 def test_forged_and_missing_content_is_refused(written, tmp_path, forged, told):
@@ -253,8 +257,8 @@ def test_content_with_code_is_not_run(written, tmp_path, capsys):
     nested = "a"
     for _ in range(2000):
         nested = [nested]
-    with pytest.raises(am.InputError, match="another recipe"):
-        identity.check({"adaptive_merge": {"method": {"recipe": nested}, "data": {}}}, {"recipe": "mine"})
+    with pytest.raises(am.InputError, match="another tasks"):
+        identity.check({"adaptive_merge": {"method": {"tasks": nested}, "data": {}}}, {"tasks": ["mine"]})
     assert capsys.readouterr().out == ""
 
 
@@ -297,7 +301,7 @@ def test_the_command_line_refuses_and_leaves_the_run_as_it_was(work, capsys):
     before = digests(work)
     for name, change in {
         "learning rate": "--model.lr=0.5",
-        "objective: filters": "--model.objective.confident=true",
+        "objective: confident": "--model.objective.confident=true",
         "coefficients: init": "--model.coefficients.init=0.1",
         "images per task": "--data.images_per_task=8",
         "seed of the stream": "--seed_everything=3",
@@ -328,3 +332,133 @@ def test_a_run_folder_with_another_method_is_not_read(work, capsys):
     content["model"]["coefficients"]["init_args"]["init"], content["data"]["seed"] = 0.3, 9
     config.write_text(yaml.safe_dump(content))
     assert main(["merge", "runs/changed", "--output", "merged.safetensors"]) == 0
+
+
+def halve(bank):
+    return bank.with_vectors(bank.vectors / 2)
+
+
+class Renamed(am.PseudoLabel):
+    """Keeps its argument elsewhere, and says so."""
+
+    def __init__(self, temperature=2.0):
+        super().__init__()
+        self._inverse, self.count = 1 / temperature, 0
+
+    @property
+    def settings(self):
+        return {"temperature": 1 / self._inverse}
+
+
+class HandedOn(am.Entropy):
+    """Hands all but one of its arguments on."""
+
+    def __init__(self, *args, extra=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.extra, self.count = extra, 0
+
+
+class Silent(am.PseudoLabel):
+    """Keeps its argument nowhere: what is public counts instead."""
+
+    def __init__(self, temperature=2.0):
+        super().__init__()
+        self.inverse, self._sharp = 1 / temperature, temperature > 1
+
+
+class Learned(am.Adapter):
+    """Has a learned parameter, and a method, of an argument's name."""
+
+    def __init__(self, shift=1.0, row=2):
+        super().__init__()
+        self.start, self.place = shift, row
+
+    def create(self, backbone, heads):
+        self.shift = torch.nn.Parameter(torch.rand(3))
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        (am.Entropy(), {"diversity": 0.0, "reliable": None}),
+        (am.FeatureDistance("l2", blocks=True), {"kind": "l2", "blocks": True}),
+        (am.PseudoLabel(confident=True), {"soft": False, "confident": True}),
+        (am.ExpertDivergence(), {}),
+        (am.Tint("proj"), {"layer": "proj"}),
+        (am.BlockSurgery(3), {"rank": 3}),
+        (am.Ties(0.5), {"density": 0.5, "counted_over": None, "reduce": "sum"}),
+        (am.Unseen(["red", "red"]), {"tasks": ("red",)}),
+        (am.Online(), {}),
+        (am.Corruption("contrast"), {"kind": "contrast", "severity": 3, "seed": 0}),
+        (Renamed(4.0), {"temperature": 4.0}),
+        (HandedOn(0.5, extra=2), {"extra": 2, "diversity": 0.5, "reliable": None}),
+        (Silent(4.0), {"soft": False, "confident": False, "filters": False, "inverse": 0.25}),
+        (halve, {}),
+    ],
+    ids=lambda value: identity.kind(value) if not isinstance(value, dict) else "",
+)
+def test_settings_are_the_arguments_of_the_constructor(part, settings):
+    assert identity.settings(part) == settings
+
+
+def test_what_learns_and_what_a_class_has_are_no_arguments():
+    settings = identity.settings(module(adapters=[Learned(0.5)]).model.adapters[0])
+    assert settings == {"start": 0.5, "place": 2}
+
+
+class Mode(Enum):
+    HARD = 1
+    SOFT = 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Mode.HARD, Mode.SOFT),
+        (Path("a"), Path("b")),
+        ({"x", "y"}, {"x", "z"}),
+        (torch.float32, torch.bfloat16),
+        (np.zeros(2000), np.eye(1, 2000, 999)[0]),
+        ({"a": [Inner(1)]}, {"a": [Inner(2)]}),
+        (torch.relu, torch.tanh),
+    ],
+)
+def test_a_setting_of_any_kind_tells_parts_apart(one, other):
+    first, second = (identity.of_part("objective", Mine(prior=value)) for value in (one, other))
+    assert first != second
+    assert first == identity.of_part("objective", Mine(prior=one))
+
+
+def test_an_object_that_only_has_an_address_is_no_setting():
+    assert "objective: prior" not in identity.of_part("objective", Mine(prior=object()))
+
+
+def test_settings_that_are_no_mapping_are_a_named_mistake():
+    class Wrong(am.Entropy):
+        settings = property(lambda self: 3)
+
+    with pytest.raises(am.InputError, match="`settings` of .*Wrong has to give a mapping"):
+        identity.settings(Wrong())
+
+
+def test_a_kind_is_a_public_name_or_a_user_s_with_its_module():
+    parts = module(transforms=[am.Ties(0.5), halve]).method
+    assert (parts["transform 1"], parts["adapter 1"], parts["coefficients"]) == ("Ties", "Tint", "LayerWise")
+    assert (parts["transform 2"], parts["objective"]) == (f"{__name__}.halve", f"{__name__}.Mine")
+    assert identity.kind(am.objectives.functional.entropy) == "entropy"
+
+
+def test_every_argument_of_every_part_that_ships_is_a_setting():
+    """A part that keeps an argument under another name has to say so."""
+    given = {"tasks": ["red"], "kind": "contrast"}
+    for name in am.__all__:
+        part = getattr(am, name)
+        base = isinstance(part, type) and issubclass(part, (am.Adapter, am.Objective, am.Protocol, am.Transform))
+        if not base or part.__abstractmethods__:
+            continue
+        arguments = identity._arguments(part)
+        made = part(**{key: value for key, value in given.items() if key in arguments and name == "Unseen"})
+        assert list(identity.settings(made)) == arguments, name
+    for kind in (am.Fixed, am.TaskWise, am.LayerWise, am.BlockWise):
+        bound = module(coefficients=kind(0.3)).coefficients
+        assert list(identity.settings(bound)) == [*identity._arguments(kind), "groups"]

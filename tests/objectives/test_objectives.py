@@ -8,17 +8,10 @@ from torch.nn import functional as F
 
 import adaptive_merge as am
 from adaptive_merge.errors import InputError
-from adaptive_merge.objectives import (
-    Entropy,
-    ExpertDivergence,
-    FeatureDistance,
-    Prediction,
-    PseudoLabel,
-    entropy,
-    feature_distance,
-    jensen_shannon,
-    normalised_entropy,
-)
+from adaptive_merge.objectives.base import Prediction
+from adaptive_merge.objectives.entropy import Entropy
+from adaptive_merge.objectives.functional import entropy, feature_distance, jensen_shannon, normalised_entropy
+from adaptive_merge.objectives.taught import ExpertDivergence, FeatureDistance, PseudoLabel
 
 SCALES = [0.0, 1.0, 30.0, 1e4]
 EXTREME = torch.tensor([[1e4, -1e4, 0.0], [0.0, float("-inf"), 1.0], [0.0, 0.0, 0.0], [1e-30, -1e30, 1e30]])
@@ -99,17 +92,11 @@ def test_the_mean_prediction_is_that_of_all_processes():
     whole = given.clone().requires_grad_()
     batch_formula(whole, 0.9, 0.8).backward()
     for cut in (0, 5):
-        objective, parts, told = Entropy(0.9, reliable=0.8), (given[:cut], given[cut:]), []
+        objective, parts, found = Entropy(0.9, reliable=0.8), (given[:cut], given[cut:]), []
+        means = sum(objective.statistics(Prediction(part, part), None).sum(0) / 12 for part in parts)
         for part in parts:
-            said = []
-            objective.average = lambda value, said=said: said.append(value) or value
-            objective.losses(Prediction(part, part), None)
-            told.append([value * len(part) / 12 for value in said])
-        means, found = [sum(values) for values in zip(*told)], []
-        for part in parts:
-            leaf, answers = part.clone().requires_grad_(), iter(means)
-            objective.average = lambda value, answers=answers: next(answers)
-            prediction = Prediction(leaf, leaf)
+            leaf = part.clone().requires_grad_()
+            prediction = Prediction(leaf, leaf, statistics=means)
             losses = objective.losses(prediction, None).where(objective.keep(prediction, None), 0.0)
             (losses.sum() / 12 / means[0]).backward()
             found.append(leaf.grad)
@@ -174,3 +161,9 @@ def test_normalised_entropy_spans_zero_to_one():
 def test_unknown_distance():
     with pytest.raises(InputError, match="unknown feature distance 'l3'"):
         FeatureDistance("l3")
+
+
+@pytest.mark.parametrize("objective", [FeatureDistance(), PseudoLabel(soft=True), PseudoLabel(), ExpertDivergence()])
+def test_without_an_expert_nothing_is_taught(objective):
+    with pytest.raises(InputError, match="give the expert's prediction"):
+        objective.losses(Prediction(torch.randn(2, 4), torch.randn(2, 3)), None)

@@ -82,7 +82,7 @@ def test_everything_fits_together(suite, material):
     tokenizer = open_clip.SimpleTokenizer(context_length=32)
     with torch.no_grad(), module.viewing("individual"):
         features = module.model.backbone(batch, found.task_vectors.expert("birds"))
-        wanted = clip.encode_image(module.model.backbone._normalise(batch))
+        wanted = clip.encode_image(module.model.backbone.normalise(batch))
         texts = models["pretrained"].encode_text(tokenizer(["a photo of a jay bird.", "a photo of a owl."]))
         head = models["pretrained"].logit_scale.exp() * F.normalize(texts, dim=-1)
     assert torch.allclose(features, wanted, atol=1e-5)
@@ -102,7 +102,7 @@ def test_tasks_are_chosen_by_name_and_order(suite):
 
 
 def test_one_expert_is_read_at_a_time(suite, monkeypatch):
-    from adaptive_merge.data import clip_suite
+    from adaptive_merge.suites import clip_suite
 
     alive, most = [], []
     read = clip_suite.read_weights
@@ -147,7 +147,7 @@ def test_environment_variables_and_relative_paths(suite, material, monkeypatch):
         ({"architecture": "RN50"}, "expected a plain CLIP vision transformer"),
         (
             {"architecture": "ViT-B-32-quickgelu"},
-            "not of architecture ViT-B-32-quickgelu: width: expected 768, found 64",
+            "pretrained.pt`: does not fit `ViT-B-32-quickgelu`: width: expected 768, found 64",
         ),
         ({"architecture": ...}, "'architecture' is missing"),
         ({"expert": "x"}, "unknown key 'expert'; did you mean 'experts'"),

@@ -3,7 +3,7 @@ import reference
 import torch
 
 import adaptive_merge as am
-from adaptive_merge.transforms import Ties, ties
+from adaptive_merge.transforms.ties import Ties, ties
 
 
 def random_vectors(tasks=4, size=1000):

@@ -153,7 +153,7 @@ def test_older_folders_with_a_pickled_state_dict(folder, tower):
     [
         ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new', expected one of"),
         ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06, expected 1e-05"),
-        ({"image_size": 224}, "image_size 224, the tensor `positional_embedding` fits 32"),
+        ({"image_size": 224}, "does not fit `.*config.json`: image_size: expected 224, found 32"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(folder, change, message):

@@ -64,7 +64,7 @@ def test_a_hugging_face_expert_gets_the_pretrained_projection(tower, expert):
 def test_a_lost_projection_is_refused_unless_it_is_said_to_be_frozen(tower, expert):
     lost = weights(without_projection(expert), source="lost.pt", embed_dim=None, projection="absent")
     with pytest.raises(
-        InputError, match=r"`lost.pt` \(task 'DTD'\): tensor `proj`: expected shape \(64, 24\), found none"
+        InputError, match=r"`lost.pt \(task 'DTD'\)`: tensor `proj`: expected shape \(64, 24\), found none"
     ):
         check_agreement(weights(tower), lost, name="DTD")
     found = check_agreement(weights(tower), lost, name="DTD", projection="pretrained")
@@ -92,7 +92,10 @@ def test_an_unknown_activation_is_refused_and_the_message_says_how_to_state_it(t
 
 
 def test_different_activations_are_refused(tower, expert):
-    with pytest.raises(InputError, match="QuickGELU: expected True as in `zeroshot.pt`, found False"):
+    with pytest.raises(
+        InputError,
+        match="MNIST.*does not fit `zeroshot.pt`: QuickGELU: expected True, found False",
+    ):
         check_agreement(weights(tower), weights(expert, quick_gelu=False), name="MNIST")
 
 

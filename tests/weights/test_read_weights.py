@@ -68,7 +68,7 @@ def test_a_manifest_in_our_own_file_states_the_activation(tmp_path, tower):
     manifest = read_weights(tmp_path / "bare.safetensors", quick_gelu=True).manifest
     save_file(tower, tmp_path / "ours.safetensors", metadata=manifest.to_metadata())
     assert read_weights(tmp_path / "ours.safetensors").manifest.quick_gelu is True
-    with pytest.raises(InputError, match="QuickGELU: the file says True, `quick_gelu=` says False"):
+    with pytest.raises(InputError, match="ours.*does not fit `quick_gelu=`: QuickGELU: expected False, found True"):
         read_weights(tmp_path / "ours.safetensors", quick_gelu=False)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptive_merge.engine.strategy import PATIENCE
 from adaptive_merge.errors import AdaptiveMergeError
+from adaptive_merge.upstream import timeout_of
 
 __all__ = ["Ranks", "RunStopped"]
 
@@ -32,7 +33,7 @@ class Ranks:
         """Form the group; every process has to call it at the same place."""
         self._group = None
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            patience = getattr(trainer.strategy, "_timeout", None) or PATIENCE
+            patience = timeout_of(trainer.strategy) or PATIENCE
             self._group = dist.new_group(backend="gloo", timeout=patience)
 
     def release(self) -> None:

@@ -44,6 +44,7 @@ class Dashboard(pl.Callback):
             raise InputError(f"`every` must be at least 1, got {every}")
         self.every = every
         self._validations, self._failed = 0, False
+        self._protected: dict[Logger, Sturdy] = {}
         self._scores: dict[str, dict[str, float]] = defaultdict(dict)
 
     @rank_zero_only
@@ -121,13 +122,13 @@ class Dashboard(pl.Callback):
             self._failed = True
             _log.warning("figures for the dashboard could not be drawn and are left out: %r", error)
             return
-        step, prefix = trainer.fit_loop.epoch_loop._batches_that_stepped, "ORACLE/" if _by_labels(trainer) else ""
+        step, prefix = trainer.global_step, "ORACLE/" if _by_labels(trainer) else ""
         for logger in loggers:
             self._attempt(logger, lambda logger=logger: _send(_inner(logger), images, table, step, prefix))
 
     def _attempt(self, logger: Logger, action: Any) -> None:
         """A bare logger that fails is protected from here on, so that it is asked no more."""
-        sturdy = logger if isinstance(logger, Sturdy) else logger.__dict__.setdefault("_sturdy", Sturdy(logger))
+        sturdy = logger if isinstance(logger, Sturdy) else self._protected.setdefault(logger, Sturdy(logger))
         sturdy.attempt(action)
 
 

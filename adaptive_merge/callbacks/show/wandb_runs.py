@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 
+from adaptive_merge import upstream
 from adaptive_merge.callbacks.show.sturdy import Sturdy
 from adaptive_merge.files import save_json
 from adaptive_merge.privacy import scrub
@@ -44,29 +45,27 @@ def _prepare(logger: WandbLogger, folder: Path, resumed: bool) -> None:
     # Tables are staged as files, in the user's home unless told otherwise; there is no setting for it, and wandb
     # reads its environment when it is first used.
     os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "staging"))
-    # The logger hands `_wandb_init` to `wandb.init` when it is first used; there is no public way to add to it.
-    options: dict[str, Any] = logger._wandb_init
+    options = upstream.wandb_options(logger)
     offline = _is_offline(logger, options)
     # What the user says about the run, such as notes and a configuration, is written and uploaded with it.
     options |= {name: scrub(value, name) for name, value in options.items() if name != "settings"}
     options["settings"] = _settings(options.get("settings"), offline)
-    options["dir"] = logger._save_dir = str(folder)
+    options["dir"] = str(folder)
     if offline:
         options["mode"] = "offline"
-        # With this, Lightning would set an environment variable that wandb then warns about.
-        logger._offline = False
     if options.get("anonymous") is None:
         options.pop("anonymous", None)
-    _name(logger, options, folder, resumed, offline)
+    _name(options, folder, resumed, offline)
+    upstream.redirect(logger)
     if offline:
         _log.warning("wandb is offline; to upload this run: wandb sync %s", folder / "wandb" / "offline-run-*")
 
 
-def _settings(given: Any, offline: bool) -> Any:
+def _settings(chosen: Any, offline: bool) -> Any:
     """Private settings, under those that the user gave, also by environment variables."""
     import wandb
 
-    wanted = {
+    private = {
         "disable_git": True,
         "save_code": False,
         "disable_code": True,
@@ -76,20 +75,20 @@ def _settings(given: Any, offline: bool) -> Any:
         "x_save_requirements": False,
         "init_timeout": 30,
     }
-    if given is None or isinstance(given, dict):
-        explicit = dict(given or {})
+    if chosen is None or isinstance(chosen, dict):
+        explicit = dict(chosen or {})
     else:
-        explicit = {name: getattr(given, name) for name in given.model_fields_set}
+        explicit = {name: getattr(chosen, name) for name in chosen.model_fields_set}
     # What is set here would win over wandb's environment variables.
-    ours = {name: value for name, value in wanted.items() if f"WANDB_{name.upper()}" not in os.environ}
-    return wandb.Settings(**ours | explicit)
+    defaults = {name: value for name, value in private.items() if f"WANDB_{name.upper()}" not in os.environ}
+    return wandb.Settings(**defaults | explicit)
 
 
 def _is_offline(logger: WandbLogger, options: dict[str, Any]) -> bool:
     mode = options.get("mode") or os.environ.get("WANDB_MODE")
     if mode:
         return mode in ("offline", "dryrun")
-    return bool(logger._offline) or not _has_key()
+    return upstream.is_offline(logger) or not _has_key()
 
 
 def _has_key() -> bool:
@@ -106,7 +105,7 @@ def _has_key() -> bool:
     return False
 
 
-def _name(logger: WandbLogger, options: dict[str, Any], folder: Path, resumed: bool, offline: bool) -> None:
+def _name(options: dict[str, Any], folder: Path, resumed: bool, offline: bool) -> None:
     """Online one run with a fixed id, which is resumed; offline a run an attempt, since a sync replaces the last."""
     path, known = folder / FILE, {}
     if resumed and path.is_file():
@@ -124,5 +123,4 @@ def _name(logger: WandbLogger, options: dict[str, Any], folder: Path, resumed: b
         options["resume"] = None
     else:
         options |= {"id": identity, "resume": "allow", "name": options.get("name") or run}
-    logger._id, logger._name = options["id"], options["name"]
     save_json(path, {"id": identity, "attempt": attempt})

@@ -1,0 +1,145 @@
+"""Settings chosen without labels, the start that chooses, Fisher merging, and wrong settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import bank_of, heads_of, images_of
+from torch import nn
+
+from adaptive_merge.errors import InputError
+from adaptive_merge.starts.choose import ChosenRegression, choose
+from adaptive_merge.starts.fisher import Fisher
+from adaptive_merge.starts.mats import MaTS
+from adaptive_merge.starts.regmean import LOT, RegMean
+from adaptive_merge.starts.regression import CompensatedRegression, FeatCal
+from adaptive_merge.starts.store import FileStore
+
+ROUNDS = [[{"strength": 1e-3}, {"strength": 1e3}], [{"mixing": 0.0}]]
+
+
+def test_the_choice_is_the_smallest_divergence_in_its_table(make_problem):
+    choice = choose(make_problem(), CompensatedRegression(1.0), ROUNDS)
+    assert len(choice.table) == 3
+    assert choice.start == min(choice.table, key=lambda row: row.agreement.divergence).start
+    assert choice.start.strength != 1e3
+    assert all(0 <= row.agreement.share <= 1 for row in choice.table)
+
+
+def test_the_choice_does_not_depend_on_batches(make_problem):
+    first, second = (
+        choose(make_problem(batch=batch), CompensatedRegression(1.0), [[{"mixing": 0.5}]]) for batch in (15, 48)
+    )
+    for one, other in zip(first.table, second.table):
+        assert one.agreement == pytest.approx(other.agreement, abs=1e-3)
+
+
+def test_what_is_judged_on_is_not_solved_from(make_problem, monkeypatch):
+    used = []
+
+    def solve(self, problem):
+        used.append({task: torch.cat(list(batches)) for task, batches in problem.images.items()})
+        return original(self, problem)
+
+    original = RegMean.solve
+    monkeypatch.setattr(RegMean, "solve", solve)
+    choose(make_problem(), RegMean(0.9), [], held_out=0.25)
+    # 48 images a task are few: each quarter is held out in its turn.
+    assert [len(images["red"]) for images in used] == [36] * 4
+    left = torch.stack([images["red"].sum() for images in used])
+    assert torch.isclose(left.sum(), 3 * images_of()["red"].sum(), rtol=1e-4)
+
+
+def test_a_start_that_chooses_ends_with_all_images(make_problem, tmp_path):
+    problem = make_problem(images=images_of(count=8), store=FileStore(tmp_path / "start.safetensors"))
+    solution = ChosenRegression().solve(problem)
+    alone = solution.choice.start.solve(make_problem(images=images_of(count=8)))
+    assert torch.equal(solution.weights, alone.weights)
+
+
+def test_a_choice_needs_two_images_a_task_and_heads(make_problem):
+    with pytest.raises(InputError, match="one image"):
+        choose(make_problem(images=images_of(count=1)), RegMean(), [])
+    with pytest.raises(InputError, match="`heads` has none for task 'red'"):
+        choose(make_problem(heads={}), RegMean(), [])
+    with pytest.raises(InputError, match="`held_out`"):
+        ChosenRegression(held_out=0.7)
+
+
+def linear_problem(make_problem, **parts):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 6, bias=False))
+    return make_problem(backbone=backbone, experts=bank_of(backbone), images=images_of(count=6), **parts)
+
+
+def test_fisher_is_the_expected_square_of_the_gradient(make_problem):
+    problem = linear_problem(make_problem)
+    bank, heads, images = problem.experts, heads_of(), images_of(count=6)
+    weighted, total = 0.0, 0.0
+    for task in bank.tasks:
+        weight, information = bank.expert(task)["1.weight"], 1e-6
+        for image in images[task]:
+
+            def log(w, image=image, task=task):
+                return (nn.functional.normalize(w @ image.flatten(), dim=0) @ heads[task].T).log_softmax(0)
+
+            jacobian, p = torch.func.jacrev(log)(weight), log(weight).exp()
+            information = information + torch.einsum("c,c...->...", p, jacobian**2) / 6
+        weighted, total = weighted + information * weight, total + information
+    assert torch.allclose(Fisher().solve(problem).weights, (weighted / total).flatten(), atol=1e-5)
+
+
+def test_equal_information_gives_the_mean(make_problem):
+    bank = linear_problem(make_problem).experts
+    solved = Fisher(floor=1e12).solve(linear_problem(make_problem)).weights
+    assert torch.allclose(solved, bank.pretrained + bank.vectors.mean(0), atol=1e-5)
+
+
+def test_drawn_labels_come_near_to_the_expectation(make_problem):
+    drawn, exact = (Fisher(samples).solve(linear_problem(make_problem)).weights for samples in (300, None))
+    assert (drawn - exact).norm() < 0.1 * exact.norm()
+
+
+def test_fisher_and_the_block_form_of_mats_need_heads(make_problem):
+    for method in (Fisher(), MaTS("block")):
+        with pytest.raises(InputError, match="`heads`"):
+            method.solve(make_problem(heads={}))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CompensatedRegression(0.0),
+        lambda: CompensatedRegression(0.1, mixing=1.5),
+        lambda: FeatCal(mixing=-1),
+        lambda: RegMean(2.0),
+        lambda: LOT(0.0),
+        lambda: MaTS("diagonal"),
+        lambda: MaTS(iterations=0),
+        lambda: MaTS(shrink=-1),
+        lambda: Fisher(0),
+        lambda: Fisher(floor=0),
+    ],
+)
+def test_wrong_settings_are_named(make):
+    with pytest.raises(InputError, match="`"):
+        make()
+
+
+def test_an_anchor_of_another_size_and_a_task_without_a_stream_are_named(make_problem):
+    with pytest.raises(InputError, match="`anchor` has shape"):
+        make_problem(anchor=torch.zeros(3))
+    with pytest.raises(InputError, match="`images` has none for task 'blue'"):
+        make_problem(images=images_of(("red", "green")))
+
+
+def test_a_damaged_store_is_named(make_problem, tmp_path):
+    path = tmp_path / "start.safetensors"
+    path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="delete it"):
+        RegMean().solve(make_problem(store=FileStore(path)))
+
+
+def test_settings_are_the_constructors_arguments():
+    assert repr(FeatCal(0.1)) == "FeatCal(strength=0.1, mixing=0.25, extrapolation=1.0, other_tokens=0.01)"
+    assert ChosenRegression(0.2).settings == {"held_out": 0.2, "seed": 0}
