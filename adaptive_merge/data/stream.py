@@ -49,7 +49,7 @@ class TaskStream(pl.LightningDataModule):
 
     def __init__(
         self,
-        images: Mapping[str, Images] | LazyImages,  # the second by name, for the command line takes dicts for mappings
+        images: LazyImages | Mapping[str, Images],  # named for the parser, which would read every value of a mapping
         images_per_task: int = 16,
         sampling: Sampling = "fresh",
         schedule: Schedule = "joint",

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.errors import InputError, MissingFileError
 
 __all__ = ["read_record"]
 

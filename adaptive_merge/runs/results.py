@@ -15,11 +15,11 @@ from rich.table import Table
 from torch import Tensor
 
 from adaptive_merge.data.stream import TaskStream
-from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.runs.online import prequential
 from adaptive_merge.engine.identity import settings
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.scoring import CRITERIA
 from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.runs.online import prequential
 
 __all__ = ["MOST_WARNINGS", "SCHEMA", "evaluate", "footing", "peak_memory", "score", "summary", "table", "uses_labels"]
 
