@@ -54,6 +54,8 @@ def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     for part in results["criteria"].values():
         _numbers(part, part)
     _check_guard(results["guard"])
+    if results.setdefault("start", None) is not None:
+        _check_start(results["start"], tasks)
     return results
 
 
@@ -84,6 +86,17 @@ def _check_guard(guard: Mapping[str, Any]) -> None:
         _numbers(guard["stopped"], ("step", "restored_step"))
         if "reason" not in guard["stopped"]:
             raise KeyError("reason")
+
+
+def _check_start(start: Mapping[str, Any], tasks: Mapping[str, Mapping[str, float]]) -> None:
+    _numbers(start, ("seconds",))
+    _numbers(start["images"])
+    if not start["images"] or not isinstance(start["kind"], str) or any("anchor" not in row for row in tasks.values()):
+        raise KeyError("start")
+    for row in start.get("choice", ()):
+        _numbers(row, ("agreement", "js"))
+        if not isinstance(row["settings"], dict):
+            raise TypeError(f"start: {row!r}")
 
 
 def _numbers(row: Mapping[Any, Any], names: Any = None) -> None:
