@@ -45,11 +45,11 @@ class Choice:
 
 
 class ChosenRegression(Start):
-    """The compensated regression with settings chosen without labels: eight solves from a part of the images, and one
+    """The compensated regression with settings chosen without labels: nine solves from a part of the images, and one
     from all of them.
 
     First λ and ρ together, since an anchor that reaches further wants to be held to more; then λ; then the mixing of
-    the targets, and whether the stem is solved.
+    the targets, whether the stem is solved, and the weight of the other tokens.
 
     Args:
         held_out: share of each task's images that settings are judged on.
@@ -77,7 +77,7 @@ def rounds_for(images: int) -> list[list[dict[str, Any]]]:
     near, far = min(max(0.5 * (16 / images) ** 2, 5e-4), 1.0), min(4.8 / images, 1.0)
     pairs = [(near, 1.0), (far, 2.0), (far, 3.0), (far, 4.0)]
     first = [{"strength": strength, "extrapolation": reach} for strength, reach in pairs]
-    return [first, [{"mixing": 0.5}], [{"stem": True}]]
+    return [first, [{"mixing": 0.5}], [{"stem": True}], [{"other_tokens": 0.003}]]
 
 
 def choose(

@@ -29,6 +29,9 @@ View = Literal["merged", "expert", "crossed"]
 
 Tensors = Mapping[str, Tensor]
 
+States = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+"""Gives the (merged, expert) states at the beginning of a block, batch by batch."""
+
 
 class Pair(NamedTuple):
     """What a site's map is asked to do with a batch: inputs [n, in] and outputs [n, out]."""
@@ -70,7 +73,7 @@ class ClosedForm(Start):
         return len(expert.weight)
 
     def output_grams(
-        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: Callable[[], Iterator]
+        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: States
     ) -> dict[Site, Tensor]:
         """Grams [out, out] of the gradients at the sites' outputs in a task's expert, for methods that ask for them.
 
@@ -103,6 +106,8 @@ class _Walk:
         self.pull = layout.unflatten(method.pull(problem))
         self.pretrained = layout.unflatten(bank.pretrained.to(self.flat.device))
         self.blocks = describe(structure(problem.backbone), self._first_batch(), self.merged)
+        if method.layer_by_layer:
+            self.blocks = tuple(part for block in self.blocks for part in block.parts())
         self.estimated: dict[str, Tensor] = {}
         # Each task's batches at the boundary, as (merged, expert); None: the images themselves.
         self.states: dict[str, list[tuple[Any, Any]] | None] = dict.fromkeys(self.tasks)

@@ -174,7 +174,7 @@ def _block(family: _Family, block: nn.Module, prefix: str, last: bool) -> Chain:
         Activation(_get(block, names.act)),
         Linear((_linear(block, names.proj, prefix, class_only=last, stream=True),), scales[1]),
     ]
-    return Chain(steps, [scale for scale in scales if scale])
+    return Chain(steps)
 
 
 def _scale(block: nn.Module, path: str, prefix: str) -> str | None:
@@ -250,7 +250,9 @@ def _is_plain_conv(module: nn.Module) -> bool:
 
 
 def _conv(name: str, module: Any) -> Site:
-    return Site(name, (f"{name}.weight",), (f"{name}.bias",) if module.bias is not None else (), "conv", conv=module)
+    biases = (f"{name}.bias",) if module.bias is not None else ()
+    patches = nn.Unfold(module.kernel_size, module.dilation, module.padding, module.stride)
+    return Site(name, (f"{name}.weight",), biases, "conv", patches=patches)
 
 
 def _hooked(backbone: nn.Module, images: Tensor) -> tuple[Block, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.starts.base import Problem
-from adaptive_merge.starts.engine import ClosedForm, Pair, View
+from adaptive_merge.starts.engine import ClosedForm, Pair, States, View
 from adaptive_merge.starts.predictions import as_features, head_of, label_weights
 from adaptive_merge.starts.sites import Layer, Seen, Site, Weights
 from adaptive_merge.starts.sums import Moments
@@ -61,7 +61,7 @@ class MaTS(ClosedForm):
         return Pair(x, x[:, :0])
 
     def output_grams(
-        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: Callable
+        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: States
     ) -> dict[Site, Tensor]:
         """S_t [out, out] of the sites, float64; of the first block of `path`, which leads to the features."""
         if self.form == "gram" or not sites:

@@ -49,8 +49,8 @@ class RidgeSystem(System):
     def __init__(self, anchor: Layer, strength: float) -> None:
         super().__init__(anchor)
         self.strength = strength
-        rows = [self.anchor.weight.T] + ([] if anchor.bias is None else [self.anchor.bias[None]])
-        self.target = torch.cat(rows)
+        bias = [] if self.anchor.bias is None else [self.anchor.bias[None]]
+        self.target = torch.cat([self.anchor.weight.T, *bias])
         self.left = self.target.new_zeros(len(self.target), len(self.target))
         self.right = torch.zeros_like(self.target)
 
@@ -93,8 +93,7 @@ class FeatCalSystem(System):
         norm = _norm(moments)
         self.left += moments.gram / norm
         self.right += moments.cross / norm
-        if expert.bias is not None:
-            self.right -= moments.x[:, None] * expert.bias / norm
+        self.right -= moments.x[:, None] * expert.shift / norm
         self.x, self.y, self.share = self.x + moments.x / norm, self.y + moments.y / norm, self.share + 1 / norm
 
     def solution(self) -> Layer:
@@ -102,7 +101,7 @@ class FeatCalSystem(System):
         weight = solve(self.left, self.right.add_(self.anchor.weight.T, alpha=self.strength)).T
         if self.anchor.bias is None:
             return Layer(weight, None)
-        missing = self.y - weight @ self.x + self.strength * self.anchor.bias
+        missing = self.y - weight @ self.x + self.strength * self.anchor.shift
         return Layer(weight, missing / (self.share + self.strength))
 
 
@@ -122,11 +121,10 @@ class GramSystem(System):
     ) -> None:
         super().__init__(anchor)
         self.shrink, self.pseudo, self.scale = shrink, pseudo, scale
-        zero = torch.zeros_like(self.anchor.weight), None if anchor.bias is None else torch.zeros_like(self.anchor.bias)
-        self.base = Layer(*zero) if base is None else base.double()
+        self.base = Layer(torch.zeros_like(self.anchor.weight), None) if base is None else base.double()
         self.left = self.anchor.weight.new_zeros((anchor.weight.shape[1],) * 2)
         self.right = torch.zeros_like(self.anchor.weight.T)
-        self.bias, self.tasks = None if anchor.bias is None else torch.zeros_like(self.anchor.bias), 0
+        self.bias, self.tasks = torch.zeros_like(self.base.shift), 0
 
     def add(self, moments: Moments, expert: Layer) -> None:
         gram = moments.gram * self.shrink
@@ -134,13 +132,13 @@ class GramSystem(System):
         self.left = self.left + gram
         self.right = self.right + gram @ (expert.weight.double() - self.base.weight).T
         self.tasks += 1
-        if expert.bias is not None:
-            self.bias = self.bias + expert.bias.double() - self.base.bias
+        self.bias = self.bias + expert.shift.double() - self.base.shift
 
     def solution(self) -> Layer:
         solved = pseudo_inverse(self.left) @ self.right if self.pseudo else solve(self.left, self.right)
         weight = self.base.weight + self.scale * solved.T
-        return Layer(weight, None if self.base.bias is None else self.base.bias + self.scale * self.bias / self.tasks)
+        bias = self.base.shift + self.scale * self.bias / self.tasks
+        return Layer(weight, None if self.anchor.bias is None else bias)
 
 
 class NormSystem(System):
@@ -161,7 +159,7 @@ class NormSystem(System):
 
     def solution(self) -> Layer:
         first, second = self.square + self.strength, self.tasks + self.strength
-        right = self.zy + self.strength * self.anchor.weight, self.y + self.strength * self.anchor.bias
+        right = self.zy + self.strength * self.anchor.weight, self.y + self.strength * self.anchor.shift
         determinant = (first * second - self.z**2).clamp_min(1e-8)
         gamma = (second * right[0] - self.z * right[1]) / determinant
         return Layer(gamma, (first * right[1] - self.z * right[0]) / determinant)
@@ -179,11 +177,11 @@ class ScaleSystem(System):
     def add(self, moments: Moments, expert: Layer) -> None:
         self.square = self.square + moments.gram
         self.weighted = self.weighted + moments.gram * (expert.weight - self.anchor.weight)
-        self.shift, self.tasks = self.shift + (expert.bias - self.anchor.bias), self.tasks + 1
+        self.shift, self.tasks = self.shift + (expert.shift - self.anchor.shift), self.tasks + 1
 
     def solution(self) -> Layer:
         weight = self.anchor.weight + self.scale * self.weighted / self.square.clamp_min(1e-12)
-        return Layer(weight, self.anchor.bias + self.scale * self.shift / self.tasks)
+        return Layer(weight, self.anchor.shift + self.scale * self.shift / self.tasks)
 
 
 class Statistics(System):
