@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class Problem:
         anchor: weights [P] of a static merge, in the bank's layout; starts work on its device.
         images: task → batches of normalised images [B, …] in floating point; iterated several times, and every
             time the same.
-        heads: task → classifier weight [C, d] for logits of L2-normalised features; for starts and choices that ask
-            for predictions.
+        heads: task → head, or classifier weight [C, d]; for starts and choices that ask for predictions.
         reduce: sums a tensor over all processes.
         progress: is told (blocks done, blocks in all).
         store: keeps what is solved after each block.
@@ -57,7 +57,7 @@ class Problem:
     experts: TaskVectors
     anchor: Tensor
     images: Mapping[str, Iterable[Tensor]]
-    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    heads: Mapping[str, HeadLike] = field(default_factory=dict)
     reduce: Callable[[Tensor], Tensor] = _alone
     progress: Callable[[int, int], None] | None = None
     store: Store | None = None

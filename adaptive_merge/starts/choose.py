@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.merge.backbone import without_weights
 from adaptive_merge.starts.base import Problem, Solution, Start
-from adaptive_merge.starts.families import structure
-from adaptive_merge.starts.predictions import Agreement, agreement, head_of, logits_of
+from adaptive_merge.starts.predictions import Agreement, agreement, heads_of, logits_of
 from adaptive_merge.starts.regression import CompensatedRegression
 
 __all__ = ["Choice", "ChosenRegression", "Judged", "choose"]
@@ -119,8 +119,8 @@ class _Judge:
     """Solves from parts of the images and scores on the others; a start is judged once."""
 
     def __init__(self, problem: Problem, held_out: float, seed: int, known: Sequence[Judged]) -> None:
-        self.problem, self.tower = problem, structure(problem.backbone)
-        self.expected = _expected(problem)
+        self.problem, self.tower = problem, without_weights(problem.backbone)
+        self.heads, self.expected = heads_of(problem), _expected(problem)
         count = _fewest(problem, self.expected)
         if count < 2:
             raise InputError("`images` has a task with one image; a choice needs one to solve from and one to judge by")
@@ -137,7 +137,7 @@ class _Judge:
         return self.table[repr(start)]
 
     def _turn(self, start: Start, turn: int) -> Tensor:
-        """Agreeing images, divergence and images of one held-out part, over all processes and tasks; [3]."""
+        """Agreeing units, divergence and units of one held-out part, over all processes and tasks; [3]."""
         kept = {task: _Part(self.problem.images[task], part != turn) for task, part in self.part_of.items()}
         solution = start.solve(replace(self.problem, images=kept, store=None, progress=None))
         weights = self.problem.experts.layout.unflatten(solution.weights) | self.problem.buffers | solution.buffers
@@ -147,10 +147,10 @@ class _Judge:
 
     @torch.no_grad()
     def _score(self, weights: Mapping[str, Tensor], task: str, held: Tensor) -> Tensor:
-        head, expected = head_of(self.problem, task), self.expected[task][held]
-        total, done = torch.zeros(3, dtype=torch.float64, device=head.device), 0
+        expected = self.expected[task][held]
+        total, done = torch.zeros(3, dtype=torch.float64, device=expected.device), 0
         for batch in _Part(self.problem.images[task], held):
-            logits = logits_of(self.tower, weights, batch.to(head.device), head)
+            logits = logits_of(self.tower, weights, batch.to(expected.device), self.heads[task])
             total += agreement(logits, expected[done : done + len(batch)])
             done += len(batch)
         total = self.problem.reduce(total)
@@ -174,13 +174,12 @@ class _Part:
 
 @torch.no_grad()
 def _expected(problem: Problem) -> dict[str, Tensor]:
-    """What each expert says of its task's images on this process: logits [N, C]."""
-    tower: nn.Module = structure(problem.backbone)
-    logits = {}
-    for task in problem.experts.tasks:
-        head, weights = head_of(problem, task), problem.expert(task) | problem.buffers
+    """What each expert says of its task's images on this process: logits [N, k, C]."""
+    tower, logits = without_weights(problem.backbone), {}
+    for task, head in heads_of(problem).items():
+        weights = problem.expert(task) | problem.buffers
         rows = [logits_of(tower, weights, batch, head) for batch in problem.batches(task)]
-        logits[task] = torch.cat(rows) if rows else head.new_zeros(0, len(head))
+        logits[task] = torch.cat(rows) if rows else problem.anchor.new_zeros(0, 1, head.classes)
     return logits
 
 

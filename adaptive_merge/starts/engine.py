@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.merge.backbone import without_weights
 from adaptive_merge.starts.base import Problem, Solution, Start
-from adaptive_merge.starts.families import describe, structure
+from adaptive_merge.starts.families import describe
 from adaptive_merge.starts.sites import Layer, Seen, Site
 from adaptive_merge.starts.sums import Sums
 from adaptive_merge.starts.systems import Statistics, System
@@ -105,7 +106,7 @@ class _Walk:
         self.merged = layout.unflatten(self.flat) | self.buffers
         self.pull = layout.unflatten(method.pull(problem))
         self.pretrained = layout.unflatten(bank.pretrained.to(self.flat.device))
-        self.blocks = describe(structure(problem.backbone), self._first_batch(), self.merged)
+        self.blocks = describe(without_weights(problem.backbone), self._first_batch(), self.merged)
         if method.layer_by_layer:
             self.blocks = tuple(part for block in self.blocks for part in block.parts())
         self.estimated: dict[str, Tensor] = {}

@@ -9,7 +9,8 @@ from conftest import bank_of, images_of, small_vit
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from adaptive_merge.starts.families import describe, structure
+from adaptive_merge.merge.backbone import without_weights
+from adaptive_merge.starts.families import describe
 from adaptive_merge.starts.mats import MaTS
 from adaptive_merge.starts.predictions import as_features
 from adaptive_merge.starts.regmean import RegMean
@@ -97,7 +98,7 @@ def test_the_walk_gives_the_towers_own_features(name):
     backbone, images = TOWERS[name](), images_of()["red"][:4]
     state, weights = images, weights_of(backbone)
     with torch.no_grad():
-        blocks = describe(structure(backbone), images, weights)
+        blocks = describe(without_weights(backbone), images, weights)
         assert sum(isinstance(block, Chain) for block in blocks) == 3
         for block in blocks:
             state = block.advance(weights, state)
@@ -128,7 +129,7 @@ def call(backbone, weights, images):
 
 def test_blocks_of_the_same_names_that_do_something_else_go_by_hooks():
     backbone = timm_vit(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=None)
-    blocks = describe(structure(backbone), images_of()["red"][:4], weights_of(backbone))
+    blocks = describe(without_weights(backbone), images_of()["red"][:4], weights_of(backbone))
     assert not any(isinstance(block, Chain) for block in blocks)
 
 
@@ -174,12 +175,12 @@ def as_split(weights):
 
 def test_the_embedded_stem_is_solved_where_asked():
     encoder = build_encoder()
-    blocks = describe(structure(encoder), torch.randn(1, 3, 32, 32), weights_of(encoder))
+    blocks = describe(without_weights(encoder), torch.randn(1, 3, 32, 32), weights_of(encoder))
     assert [site.name for (site,) in blocks[0].sites] == ["conv1.0", "conv1.2", "conv1.4"]
 
 
 def test_other_towers_are_layers_in_order_of_execution():
-    blocks = describe(structure(Convolutions()), torch.zeros(2, 3, 8, 8), weights_of(Convolutions()))
+    blocks = describe(without_weights(Convolutions()), torch.zeros(2, 3, 8, 8), weights_of(Convolutions()))
     assert [site.name for block in blocks for (site,) in block.sites] == ["conv", "bn", "head"]
 
 
