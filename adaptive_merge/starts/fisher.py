@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor, nn
 
@@ -38,13 +36,14 @@ class Fisher(Start):
 
     def solve(self, problem: Problem) -> Solution:
         tower, heads, tasks = without_weights(problem.backbone), heads_of(problem), problem.experts.tasks
-        done, weighted, total = self._resume(problem)
+        identity = problem.identity(self) if problem.store else ""
+        done, weighted, total = self._resume(problem, identity)
         for number, task in enumerate(tasks[done:], start=done + 1):
             information = self._information(tower, heads[task], problem, task)
             weighted += information * torch.cat([part.flatten() for part in problem.expert(task).values()])
             total += information
             if problem.store:
-                problem.store.save(self._identity(problem), number, {"weighted": weighted, "total": total})
+                problem.store.save(identity, number, {"weighted": weighted, "total": total})
             if problem.progress:
                 problem.progress(number, len(tasks))
         return Solution(weighted / total)
@@ -69,14 +68,11 @@ class Fisher(Start):
             information = information / information.norm().clamp_min(1e-30)
         return information + self.floor
 
-    def _identity(self, problem: Problem) -> str:
-        return json.dumps([repr(self), problem.experts.fingerprint])
-
-    def _resume(self, problem: Problem) -> tuple[int, Tensor, Tensor]:
-        found = problem.store.load(self._identity(problem)) if problem.store else None
-        if found:
-            weighted, total = (found[1][name].to(problem.anchor.device) for name in ("weighted", "total"))
-            return found[0], weighted, total
+    def _resume(self, problem: Problem, identity: str) -> tuple[int, Tensor, Tensor]:
+        kept = problem.store.load(identity) if problem.store else None
+        if kept:
+            weighted, total = (kept[1][name].to(problem.anchor.device) for name in ("weighted", "total"))
+            return kept[0], weighted, total
         blank = torch.zeros(problem.experts.layout.numel, device=problem.anchor.device)
         return 0, blank, blank.clone()
 

@@ -55,15 +55,14 @@ class RidgeSystem(System):
         self.right = torch.zeros_like(self.target)
 
     def add(self, moments: Moments, expert: Layer) -> None:
-        norm = _norm(moments)
-        if self.anchor.bias is None:
-            self.left += moments.gram / norm
-            self.right += moments.cross / norm
-        else:
-            one = moments.x.new_ones(1)
-            edge = torch.cat([moments.x, one])
-            self.left += torch.cat([torch.cat([moments.gram, moments.x[:, None]], 1), edge[None]]) / norm
-            self.right += torch.cat([moments.cross, moments.y[None]]) / norm
+        share, width = 1 / _norm(moments), len(moments.x)
+        self.left[:width, :width].add_(moments.gram, alpha=share)
+        self.right[:width].add_(moments.cross, alpha=share)
+        if self.anchor.bias is not None:
+            self.left[width, :width].add_(moments.x, alpha=share)
+            self.left[:width, width].add_(moments.x, alpha=share)
+            self.left[width, width] += share
+            self.right[width].add_(moments.y, alpha=share)
 
     def solution(self) -> Layer:
         self.left.diagonal().add_(self.strength)
@@ -91,8 +90,8 @@ class FeatCalSystem(System):
 
     def add(self, moments: Moments, expert: Layer) -> None:
         norm = _norm(moments)
-        self.left += moments.gram / norm
-        self.right += moments.cross / norm
+        self.left.add_(moments.gram, alpha=1 / norm)
+        self.right.add_(moments.cross, alpha=1 / norm)
         self.right -= moments.x[:, None] * expert.shift / norm
         self.x, self.y, self.share = self.x + moments.x / norm, self.y + moments.y / norm, self.share + 1 / norm
 

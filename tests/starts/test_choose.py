@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import bank_of, heads_of, images_of
@@ -57,6 +59,32 @@ def test_a_start_that_chooses_ends_with_all_images(make_problem, tmp_path):
     solution = ChosenRegression().solve(problem)
     alone = solution.choice.start.solve(make_problem(images=images_of(count=8)))
     assert torch.equal(solution.weights, alone.weights)
+
+
+def test_a_choice_that_was_stopped_goes_on_and_reports_all_walks(make_problem, tmp_path):
+    images = images_of(count=8)
+    calls, walks, last = [], 9 * 4 + 1, 0
+    whole = ChosenRegression().solve(make_problem(images=images, progress=lambda *call: calls.append(call)))
+    assert calls == [(done, len(calls)) for done in range(1, len(calls) + 1)]
+    blocks = len(calls) // walks
+    assert len(calls) == walks * blocks
+    # In the first walk, between two, in the last but one, and in the final solve.
+    for stop in (2, blocks, len(calls) - blocks - 3, len(calls) - 2):
+
+        def report(done, total, stop=stop):
+            nonlocal last
+            assert done == last + 1 and total == len(calls)
+            last = done
+            if done == stop:
+                last = (done - 1) // blocks * blocks  # those of a walk under way are reported again
+                raise KeyboardInterrupt
+
+        store = FileStore(tmp_path / "start.safetensors")
+        with pytest.raises(KeyboardInterrupt):
+            ChosenRegression().solve(make_problem(images=images, store=store, progress=report))
+    resumed = ChosenRegression().solve(make_problem(images=images, store=store, progress=partial(report, stop=0)))
+    assert torch.equal(resumed.weights, whole.weights)
+    assert resumed.choice.start.settings == whole.choice.start.settings
 
 
 def test_a_choice_needs_two_images_a_task_and_heads(make_problem):

@@ -141,6 +141,24 @@ def test_two_processes_sum_to_one(make_problem, method):
     assert distance(solved[0], method.solve(make_problem()).weights) < 1e-5
 
 
+@pytest.mark.parametrize("method", named([CompensatedRegression(0.1), MaTS("block", 4, samples=None), Fisher()]))
+def test_a_process_may_have_no_image_at_all(make_problem, method):
+    images = images_of()
+    shares = [images, {task: pixels[:0] for task, pixels in images.items()}]
+    solved = in_two_processes(lambda number, add: method.solve(make_problem(images=shares[number], reduce=add)).weights)
+    assert torch.equal(*solved)
+    assert distance(solved[0], method.solve(make_problem()).weights) < 1e-6
+
+
+def test_the_images_are_part_of_what_a_store_keeps(make_problem):
+    other = images_of() | {"green": images_of()["green"] + 0.1}
+    more = images_of() | {"green": images_of()["green"][:47]}
+    problems = [make_problem(), make_problem(images=other), make_problem(images=more)]
+    first, second, third = (problem.identity(RegMean()) for problem in problems)
+    assert first == make_problem().identity(RegMean())
+    assert len({first, second, third}) == 3
+
+
 def in_two_processes(work):
     """Runs `work(number, reduce)` twice side by side; `reduce` adds up what both give."""
     barrier, given, results = threading.Barrier(2, timeout=20), [None, None], [None, None]
