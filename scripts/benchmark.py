@@ -263,6 +263,7 @@ def main() -> None:
         for name, value in surgery(options.device).items():
             print(f"{name}: {value:.4g}{'' if name == 'ratio' else ' s'}")
         return
+    libraries = resident_peak()  # a process of the same imports has as much before it begins
     contenders = tuple(
         name for name in (("start", "ours") if options.start else CONTENDERS) if name not in options.without
     )
@@ -276,6 +277,7 @@ def main() -> None:
                 fit = tuple(name for name in contenders if row["peak_bytes"].get(name, 1))
                 row["seconds"] = time_steps(*setting, options.rounds, fit)
                 row["ratios"] = ratios(row)
+                row["library_bytes"] = libraries
                 row["parameters"] = sum(value.numel() for value in build(model).parameters())
                 rows.append(row)
                 show(row)
@@ -356,7 +358,9 @@ def show(row: dict) -> None:
     figures += [f"{name} = {value:.2f}" for name, value in row["ratios"].items()]
     if row.get("peak_bytes", {}).get("start"):
         bank = 4 * row["parameters"] * (row["tasks"] + 1)
-        figures.append(f"start peak beside the bank {(row['peak_bytes']['start'] - bank) / 2**30:.2f} GiB")
+        beside, libraries = row["peak_bytes"]["start"] - bank, row["library_bytes"]
+        figures.append(f"start peak beside the bank {beside / 2**30:.2f} GiB")
+        figures.append(f"the same without interpreter and libraries {(beside - libraries) / 2**30:.2f} GiB")
         figures.append(f"2 models + 1.5 GiB are {4 * 2 * row['parameters'] / 2**30 + 1.5:.2f} GiB")
     print(f"{row['model']}, T = {row['tasks']}, {row['images']} images a task, {row['device']}:")
     print("  " + "\n  ".join(figures))

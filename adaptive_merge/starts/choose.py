@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import without_weights
 from adaptive_merge.starts.base import Problem, Solution, Start
-from adaptive_merge.starts.predictions import Agreement, agreement, heads_of, logits_of
+from adaptive_merge.starts.predictions import Agreement, agreement, heads_of, logits_of, mean_agreement
 from adaptive_merge.starts.regression import CompensatedRegression
 
 __all__ = ["Choice", "ChosenRegression", "Judged", "choose"]
@@ -22,6 +22,9 @@ __all__ = ["Choice", "ChosenRegression", "Judged", "choose"]
 # Images a task to judge by; where one held-out part has fewer, others take their turn too. With 16 images a task the
 # noise of the divergence was larger than what settings differ by, and cost a point of accuracy (embedded suite).
 ENOUGH = 64
+
+FEW = 12
+"""Images a task below which no anchor that reaches far was any good (embedded suite, 4 images)."""
 
 SCORES = "scores of walks"
 """Name of the tensor beside those of the walk under way in a store."""
@@ -81,7 +84,7 @@ def rounds_for(images: int) -> list[list[dict[str, Change]]]:
     suite, 16 to 512 images a task).
     """
     near, far = min(max(0.5 * (16 / images) ** 2, 5e-4), 1.0), min(4.8 / images, 1.0)
-    pairs = [(near, 1.0), (far, 2.0), (far, 3.0), (far, 4.0)]
+    pairs = [(near, 1.0), *((far, reach) for reach in ((1.5, 2.0) if images < FEW else (2.0, 3.0, 4.0)))]
     first = [{"strength": strength, "extrapolation": reach} for strength, reach in pairs]
     around: list[dict[str, Change]] = [{"strength": lambda best: best / 3}, {"strength": lambda best: 3 * best}]
     return [first, around, [{"mixing": 0.5}], [{"stem": True}], [{"other_tokens": 0.003}]]
@@ -96,9 +99,9 @@ def choose(
 ) -> Choice:
     """Try settings round by round, and go on from those that agree best with the experts.
 
-    Agreement is the Jensen–Shannon divergence of the predictions: on the few images that can be held out, the share
-    of equal classes is too coarse. Each process divides its own images; sums over all of them decide, so that all
-    choose the same.
+    Agreement is the Jensen–Shannon divergence of the predictions, up to the scale of a task's logits: on the few
+    images that can be held out, the share of equal classes is too coarse. Each process divides its own images; sums
+    over all of them decide, so that all choose the same.
 
     Args:
         problem: with the heads of all tasks.
@@ -179,30 +182,25 @@ class _Judge:
     def __call__(self, start: Start) -> Judged:
         if repr(start) not in self.table:
             scores = [self.walks.score(partial(self._turn, start, turn)) for turn in range(self.turns)]
-            total = torch.stack(scores).sum(0)
-            share, divergence = (total[:2] / total[2]).tolist()
-            self.table[repr(start)] = Judged(start, Agreement(share, divergence))
+            self.table[repr(start)] = Judged(start, mean_agreement(torch.stack(scores).sum(0)))
         return self.table[repr(start)]
 
     def _turn(self, start: Start, turn: int) -> Tensor:
-        """Agreeing units, divergence and units of one held-out part, over all processes and tasks; [3]."""
+        """Each task's sums, as of `agreement`, on one held-out part, over all processes; [T, …]."""
         kept = {task: _Part(self.problem.images[task], part != turn) for task, part in self.part_of.items()}
         solution = start.solve(self.walks.next(kept))
         weights = self.problem.experts.layout.unflatten(solution.weights) | self.problem.buffers | solution.buffers
-        # A task weighs as much as another, whatever its number of images.
-        scores = [self._score(weights, task, part == turn) for task, part in self.part_of.items()]
-        return torch.stack(scores).sum(0)
+        return torch.stack([self._score(weights, task, part == turn) for task, part in self.part_of.items()])
 
     @torch.no_grad()
     def _score(self, weights: Mapping[str, Tensor], task: str, held: Tensor) -> Tensor:
         expected = self.expected[task][held]
-        total, done = torch.zeros(3, dtype=torch.float64, device=expected.device), 0
+        total, done = agreement(expected[:0], expected[:0]), 0
         for batch in _Part(self.problem.images[task], held):
             logits = logits_of(self.tower, weights, batch.to(expected.device), self.heads[task])
             total += agreement(logits, expected[done : done + len(batch)])
             done += len(batch)
-        total = self.problem.reduce(total)
-        return total / total[2].clamp_min(1)
+        return self.problem.reduce(total)
 
 
 def _changed(start: Start, changes: Mapping[str, Change]) -> Start:

@@ -63,7 +63,7 @@ def test_a_start_that_chooses_ends_with_all_images(make_problem, tmp_path):
 
 def test_a_choice_that_was_stopped_goes_on_and_reports_all_walks(make_problem, tmp_path):
     images = images_of(count=8)
-    calls, walks, last = [], 9 * 4 + 1, 0
+    calls, walks, last = [], 8 * 4 + 1, 0
     whole = ChosenRegression().solve(make_problem(images=images, progress=lambda *call: calls.append(call)))
     assert calls == [(done, len(calls)) for done in range(1, len(calls) + 1)]
     blocks = len(calls) // walks
