@@ -26,6 +26,11 @@ ENOUGH = 64
 FEW = 12
 """Images a task below which no anchor that reaches far was any good (embedded suite, 4 images)."""
 
+NOISE = 0.45
+"""Over the root of the number of units that are judged: the share of the divergence by which a later round has to be
+better, so that settings are not changed for nothing: 4 % with 16 images of 8 tasks, 2 % with 64 (embedded suite).
+"""
+
 SCORES = "scores of walks"
 """Name of the tensor beside those of the walk under way in a store."""
 
@@ -43,7 +48,7 @@ class Choice:
     """What was chosen.
 
     Args:
-        start: the one whose divergence is the smallest.
+        start: the one that agrees best; see `choose`.
         table: all that were judged, in the order in which they were.
     """
 
@@ -97,7 +102,7 @@ def choose(
     held_out: float = 0.25,
     seed: int = 0,
 ) -> Choice:
-    """Try settings round by round, and go on from those that agree best with the experts.
+    """Try settings round by round, and go on from those that agree best with the experts, by more than the noise.
 
     Agreement is the Jensen–Shannon divergence of the predictions, up to the scale of a task's logits: on the few
     images that can be held out, the share of equal classes is too coarse. Each process divides its own images; sums
@@ -167,6 +172,7 @@ class _Judge:
         self.parts = max(round(1 / held_out), 2)
         self.turns = min(self.parts, self.images, math.ceil(ENOUGH * self.parts / self.images))
         self.part_of = {task: _parts(len(rows), self.parts, seed, task) for task, rows in self.expected.items()}
+        self.units = 1.0  # judged of all tasks, the same for every start
         self.table: dict[str, Judged] = {}
 
     def choose(self, start: Start, rounds: Sequence[Sequence[Mapping[str, Change]]], others: int = 0) -> Choice:
@@ -175,14 +181,21 @@ class _Judge:
         contest = [] if rounds else [self(start)]
         for candidates in rounds:
             begin = contest[0].start if contest else start
-            contest += [self(_changed(begin, changes)) for changes in candidates]
-            contest = [min(contest, key=lambda judged: judged.agreement.divergence)]
+            judged = [self(_changed(begin, changes)) for changes in candidates]
+            contest = [min([*contest, *judged], key=lambda row: self._handicap(row, contest))]
         return Choice(contest[0].start, tuple(self.table.values()))
+
+    def _handicap(self, judged: Judged, best: Sequence[Judged]) -> float:
+        """Its divergence; of the best so far, less the noise that a change has to exceed."""
+        noise = NOISE / math.sqrt(self.units) if judged in best else 0
+        return judged.agreement.divergence * (1 - noise)
 
     def __call__(self, start: Start) -> Judged:
         if repr(start) not in self.table:
             scores = [self.walks.score(partial(self._turn, start, turn)) for turn in range(self.turns)]
-            self.table[repr(start)] = Judged(start, mean_agreement(torch.stack(scores).sum(0)))
+            totals = torch.stack(scores).sum(0)
+            self.units = float(totals[:, 0].sum())
+            self.table[repr(start)] = Judged(start, mean_agreement(totals))
         return self.table[repr(start)]
 
     def _turn(self, start: Start, turn: int) -> Tensor:

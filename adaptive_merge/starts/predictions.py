@@ -14,14 +14,8 @@ from adaptive_merge.starts.base import Problem
 from adaptive_merge.starts.sites import Weights
 
 __all__ = [
-    "Agreement",
-    "agreement",
-    "answers",
-    "as_features",
-    "heads_of",
-    "label_weights",
-    "logits_of",
-    "mean_agreement",
+    *("Agreement", "agreement", "answers", "as_features"),
+    *("heads_of", "label_weights", "logits_of", "mean_agreement"),
 ]
 
 

@@ -65,8 +65,10 @@ class RidgeSystem(System):
             self.right[width].add_(moments.y, alpha=share)
 
     def solution(self) -> Layer:
-        self.left.diagonal().add_(self.strength)
+        alive = self.left.diagonal() != 0  # of other inputs nothing is known: they stay at the anchor
+        self.left.diagonal().add_(alive, alpha=self.strength)
         solved = solve(self.left, self.right.add_(self.target, alpha=self.strength))
+        solved = torch.where(alive[:, None], solved, self.target)
         return Layer(solved.T, None) if self.anchor.bias is None else Layer(solved[:-1].T, solved[-1])
 
 
@@ -122,20 +124,24 @@ class GramSystem(System):
         self.shrink, self.pseudo, self.scale = shrink, pseudo, scale
         self.base = Layer(torch.zeros_like(self.anchor.weight), None) if base is None else base.double()
         self.left = self.anchor.weight.new_zeros((anchor.weight.shape[1],) * 2)
-        self.right = torch.zeros_like(self.anchor.weight.T)
+        self.right, self.mean = torch.zeros_like(self.anchor.weight.T), torch.zeros_like(self.anchor.weight)
         self.bias, self.tasks = torch.zeros_like(self.base.shift), 0
 
     def add(self, moments: Moments, expert: Layer) -> None:
         gram = moments.gram * self.shrink
         gram.diagonal().copy_(moments.gram.diagonal())
-        self.left = self.left + gram
-        self.right = self.right + gram @ (expert.weight.double() - self.base.weight).T
-        self.tasks += 1
+        moved = expert.weight.double() - self.base.weight
+        self.left, self.right = self.left + gram, self.right + gram @ moved.T
+        self.mean, self.tasks = self.mean + moved, self.tasks + 1
         self.bias = self.bias + expert.shift.double() - self.base.shift
 
     def solution(self) -> Layer:
-        solved = pseudo_inverse(self.left) @ self.right if self.pseudo else solve(self.left, self.right)
-        weight = self.base.weight + self.scale * solved.T
+        if self.pseudo:
+            solved = (pseudo_inverse(self.left) @ self.right).T
+        else:
+            silent = self.left.diagonal() == 0  # inputs that say nothing of their weights: the mean
+            solved = torch.where(silent, self.mean / self.tasks, solve(self.left, self.right).T)
+        weight = self.base.weight + self.scale * solved
         bias = self.base.shift + self.scale * self.bias / self.tasks
         return Layer(weight, None if self.anchor.bias is None else bias)
 
@@ -202,7 +208,15 @@ class Statistics(System):
 
 
 def solve(left: Tensor, right: Tensor) -> Tensor:
-    """left⁻¹ right of a symmetric positive definite matrix; its pseudo-inverse, with a warning, where it is not."""
+    """left⁻¹ right of a symmetric positive definite matrix; its pseudo-inverse, with a warning, where it is not.
+
+    Inputs that are always zero, as behind dead ReLUs and in padding, get zeros without more ado.
+    """
+    alive = left.diagonal() != 0
+    if not alive.all():
+        solved = torch.zeros_like(right)
+        solved[alive] = solve(left[alive][:, alive], right[alive])
+        return solved
     factor, failed = torch.linalg.cholesky_ex(left)
     if not failed:
         return torch.cholesky_solve(right, factor)

@@ -11,7 +11,7 @@ from torch import nn
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.heads import Head, LinearHead
-from adaptive_merge.starts.choose import ChosenRegression, choose
+from adaptive_merge.starts.choose import NOISE, ChosenRegression, choose
 from adaptive_merge.starts.fisher import Fisher
 from adaptive_merge.starts.mats import MaTS
 from adaptive_merge.starts.predictions import heads_of as heads_of_problem
@@ -25,7 +25,10 @@ ROUNDS = [[{"strength": 1e-3}, {"strength": 1e3}], [{"mixing": 0.0}]]
 def test_the_choice_is_the_smallest_divergence_in_its_table(make_problem):
     choice = choose(make_problem(), CompensatedRegression(1.0), ROUNDS)
     assert len(choice.table) == 3
-    assert choice.start == min(choice.table, key=lambda row: row.agreement.divergence).start
+    smallest = min(row.agreement.divergence for row in choice.table)
+    chosen = next(row for row in choice.table if row.start == choice.start)
+    # Of several rounds the last but for what is no better than noise.
+    assert smallest <= chosen.agreement.divergence <= smallest / (1 - NOISE / 144**0.5)
     assert choice.start.strength != 1e3
     assert all(0 <= row.agreement.share <= 1 for row in choice.table)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import bank_of, images_of, small_vit
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
@@ -195,6 +196,38 @@ def test_running_statistics_are_those_of_the_merged_model(make_problem, method):
     assert torch.allclose(solution.buffers["bn.running_mean"], seen.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(solution.buffers["bn.running_var"], seen.var((0, 2, 3)), rtol=1e-4)
     assert torch.equal(backbone.bn.running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("method", [CompensatedRegression(0.01), RegMean()], ids=repr)
+def test_a_residual_network_with_downsampling_branches(make_problem, method):
+    torch.manual_seed(0)
+    backbone = torchvision.models.resnet18(num_classes=6).eval()
+    bank, images = bank_of(backbone, ("red", "green"), 0.02), images_of(("red", "green"), 8)
+    images = {task: nn.functional.interpolate(pixels, 32) for task, pixels in images.items()}
+    problem = make_problem(backbone=backbone, experts=bank, images=images)
+    solution = method.solve(problem)
+    assert len(solution.buffers) == 40
+    merged = bank.layout.unflatten(solution.weights) | solution.buffers
+    assert all(torch.isfinite(value).all() for value in merged.values())
+    if isinstance(method, CompensatedRegression):
+        anchor = bank.layout.unflatten(problem.anchor)
+        first, second = (
+            sum((call(backbone, w, images[t]) - call(backbone, bank.expert(t), images[t])).norm() for t in bank.tasks)
+            for w in (merged, anchor)
+        )
+        assert first < 0.3 * second
+
+
+def test_inputs_that_are_always_zero_keep_the_mean(make_problem):
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 6))
+    bank, images = bank_of(backbone), images_of(count=300)
+    for pixels in images.values():
+        pixels[:, 1] = 0
+    solved = RegMean().solve(make_problem(backbone=backbone, experts=bank, images=images)).weights
+    mean = bank.layout.unflatten(bank.pretrained + bank.vectors.mean(0))["1.weight"]
+    weight = bank.layout.unflatten(solved)["1.weight"]
+    assert torch.allclose(weight[:, 64:128], mean[:, 64:128], atol=1e-6)
+    assert not torch.allclose(weight[:, :64], mean[:, :64], atol=1e-3)
 
 
 def test_a_convolution_is_solved_as_a_linear_map_over_patches(make_problem):
