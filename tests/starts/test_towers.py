@@ -201,12 +201,13 @@ def test_running_statistics_are_those_of_the_merged_model(make_problem, method):
 @pytest.mark.parametrize("method", [CompensatedRegression(0.01), RegMean()], ids=repr)
 def test_a_residual_network_with_downsampling_branches(make_problem, method):
     torch.manual_seed(0)
-    backbone = torchvision.models.resnet18(num_classes=6).eval()
+    backbone = torchvision.models.resnet18().eval()
+    backbone.layer4, backbone.fc = nn.Identity(), nn.Linear(256, 6)  # its systems of 4,608 take seconds
     bank, images = bank_of(backbone, ("red", "green"), 0.02), images_of(("red", "green"), 8)
     images = {task: nn.functional.interpolate(pixels, 32) for task, pixels in images.items()}
     problem = make_problem(backbone=backbone, experts=bank, images=images)
     solution = method.solve(problem)
-    assert len(solution.buffers) == 40
+    assert len(solution.buffers) == 30
     merged = bank.layout.unflatten(solution.weights) | solution.buffers
     assert all(torch.isfinite(value).all() for value in merged.values())
     if isinstance(method, CompensatedRegression):
