@@ -109,7 +109,7 @@ def choose(
     over all of them decide, so that all choose the same.
 
     Args:
-        problem: with the heads of all tasks.
+        problem: with the heads of all tasks. Its store is not used: it could not tell one list of rounds from another.
         start: where to begin; its class is kept. It is judged itself only without rounds.
         rounds: of each round the constructor's arguments that replace those of the best so far.
         held_out: share of each task's images that settings are judged on, in (0, .5].
@@ -119,6 +119,7 @@ def choose(
         InputError: a task with fewer than two images; no head.
     """
     _check(held_out)
+    problem = replace(problem, store=None)
     return _Judge(problem, held_out, seed, _Walks(problem, start)).choose(start, rounds)
 
 
