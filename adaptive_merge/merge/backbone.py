@@ -24,7 +24,7 @@ from adaptive_merge.merge.placement import BankKind, Placement, place
 from adaptive_merge.merge.rule import Rule, State
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["Edit", "MergedBackbone"]
+__all__ = ["Edit", "MergedBackbone", "without_weights"]
 
 Edit = Callable[[Any, Any], Any]
 """(first positional input, output) of a submodule → what replaces the output."""
@@ -77,7 +77,7 @@ class MergedBackbone(nn.Module):
         self.coefficients = coefficients.bind(task_vectors)
         self.kind, self.placement = bank, place(task_vectors, bank)
         # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
-        self.__dict__["skeleton"] = _without_weights(backbone)
+        self.__dict__["skeleton"] = without_weights(backbone)
         # Looking for tied weights anew in every forward takes longer than a merge of small tensors.
         self.tied = len(list(backbone.named_parameters(remove_duplicate=False))) > len(task_vectors.names)
         buffers = dict(backbone.named_buffers()) | dict(task_vectors.buffers)
@@ -253,9 +253,9 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
         raise InputError(f"the backbone has no submodule {name!r} for an adapter's site{near}") from error
 
 
-def _without_weights(backbone: nn.Module) -> nn.Module:
-    """A copy of the structure on the meta device: `deepcopy` takes each tensor's stand-in from the memo."""
-    memo: dict[int, Any] = {}
+def without_weights(backbone: nn.Module) -> nn.Module:
+    """A copy of the structure on the meta device, in evaluation mode."""
+    memo: dict[int, Any] = {}  # of which `deepcopy` takes each tensor's stand-in
     for parameter in backbone.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in backbone.buffers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ __all__ = ["Problem", "Solution", "Start", "Store"]
 class Store(Protocol):
     """Keeps what has been solved so far, so that a start that was stopped goes on.
 
-    The identity names method, settings, bank and anchor, not the images: a store belongs to one run and its stream.
+    The identity names method, settings, bank, anchor and images: see `Problem.identity`.
     """
 
     def load(self, identity: str) -> tuple[int, dict[str, Tensor]] | None:
@@ -46,18 +49,17 @@ class Problem:
         anchor: weights [P] of a static merge, in the bank's layout; starts work on its device.
         images: task → batches of normalised images [B, …] in floating point; iterated several times, and every
             time the same.
-        heads: task → classifier weight [C, d] for logits of L2-normalised features; for starts and choices that ask
-            for predictions.
+        heads: task → head, or classifier weight [C, d]; for starts and choices that ask for predictions.
         reduce: sums a tensor over all processes.
         progress: is told (blocks done, blocks in all).
-        store: keeps what is solved after each block.
+        store: keeps what is solved after each block; on all processes or on none.
     """
 
     backbone: nn.Module
     experts: TaskVectors
     anchor: Tensor
     images: Mapping[str, Iterable[Tensor]]
-    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    heads: Mapping[str, HeadLike] = field(default_factory=dict)
     reduce: Callable[[Tensor], Tensor] = _alone
     progress: Callable[[int, int], None] | None = None
     store: Store | None = None
@@ -89,6 +91,16 @@ class Problem:
             for name, (part, shape) in parts.items()
         }
 
+    def identity(self, start: Start) -> str:
+        """What tells a start on this problem from others, the same on all processes; one pass through the images.
+
+        Of the images it has their number and the first batch of each task on each process.
+        """
+        digests = [_digest(self.batches(task)) for task in self.experts.tasks]
+        images = self.reduce(torch.tensor(digests, dtype=torch.float64, device=self.anchor.device))
+        anchor = float(self.anchor.double().sum())
+        return json.dumps([repr(start), self.experts.fingerprint, anchor, images.tolist()])
+
     def batches(self, task: str) -> Iterable[Tensor]:
         """A task's batches that are not empty, on the anchor's device."""
         for batch in self.images[task]:
@@ -96,6 +108,17 @@ class Problem:
                 raise InputError(f"`images` of task {task!r} are {batch.dtype}; give normalised images in float32")
             if len(batch):
                 yield batch.to(self.anchor.device)
+
+
+def _digest(batches: Iterable[Tensor]) -> tuple[float, float]:
+    """Number of images and hash of the first batch, both whole and small enough to be added up exactly."""
+    count, digest = 0, 0
+    for batch in batches:
+        if not count:
+            pixels = batch.detach().float().cpu().contiguous().numpy().tobytes()
+            digest = int.from_bytes(hashlib.sha256(pixels).digest()[:5], "little")
+        count += len(batch)
+    return float(count), float(digest)
 
 
 @dataclass(frozen=True)

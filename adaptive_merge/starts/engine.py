@@ -6,7 +6,6 @@ path through the merged model, one through its expert), and the sums of the site
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.merge.backbone import without_weights
 from adaptive_merge.starts.base import Problem, Solution, Start
-from adaptive_merge.starts.families import describe, structure
+from adaptive_merge.starts.families import describe
 from adaptive_merge.starts.sites import Layer, Seen, Site
 from adaptive_merge.starts.sums import Sums
 from adaptive_merge.starts.systems import Statistics, System
@@ -24,10 +24,16 @@ from adaptive_merge.starts.tower import Block
 
 __all__ = ["ClosedForm", "Pair"]
 
+DIMENSIONS = 6
+"""Of a batch of images, at most."""
+
 View = Literal["merged", "expert", "crossed"]
 """The merged model on its own path; the expert on its own; the expert's block on the merged model's path."""
 
 Tensors = Mapping[str, Tensor]
+
+States = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+"""Gives the (merged, expert) states at the beginning of a block, batch by batch."""
 
 
 class Pair(NamedTuple):
@@ -70,7 +76,7 @@ class ClosedForm(Start):
         return len(expert.weight)
 
     def output_grams(
-        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: Callable[[], Iterator]
+        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: States
     ) -> dict[Site, Tensor]:
         """Grams [out, out] of the gradients at the sites' outputs in a task's expert, for methods that ask for them.
 
@@ -102,7 +108,10 @@ class _Walk:
         self.merged = layout.unflatten(self.flat) | self.buffers
         self.pull = layout.unflatten(method.pull(problem))
         self.pretrained = layout.unflatten(bank.pretrained.to(self.flat.device))
-        self.blocks = describe(structure(problem.backbone), self._first_batch(), self.merged)
+        self.blocks = describe(without_weights(problem.backbone), self._example(), self.merged)
+        if method.layer_by_layer:
+            self.blocks = tuple(part for block in self.blocks for part in block.parts())
+        self.identity = problem.identity(method) if problem.store else ""
         self.estimated: dict[str, Tensor] = {}
         # Each task's batches at the boundary, as (merged, expert); None: the images themselves.
         self.states: dict[str, list[tuple[Any, Any]] | None] = dict.fromkeys(self.tasks)
@@ -223,21 +232,22 @@ class _Walk:
             states.append((ahead, block.advance(expert, experts_own) if own else None))
         self.states[task] = states
 
-    def _first_batch(self) -> Tensor:
-        for task in self.tasks:
-            for batch in self.problem.batches(task):
-                return batch
-        raise InputError("`images` is empty for every task on this process; give each process images")
-
-    def _identity(self) -> str:
-        experts, anchor = self.problem.experts.fingerprint, float(self.problem.anchor.double().sum())
-        return json.dumps([repr(self.method), experts, anchor])
+    def _example(self) -> Tensor:
+        """A batch of this process; where it has none, a blank image of the others' shape."""
+        batch = next((batch for task in self.tasks for batch in self.problem.batches(task)), None)
+        shape = (0,) * DIMENSIONS if batch is None else (1, *batch.shape[1:], *(0,) * (DIMENSIONS - batch.dim()))
+        count, *sizes = self.problem.reduce(torch.tensor(shape, dtype=torch.float64, device=self.flat.device)).tolist()
+        if not count:
+            raise InputError(
+                f"`images` has no image of task {self.tasks[0]!r}, nor of another; give at least one of each"
+            )
+        return self.flat.new_zeros(1, *(round(size / count) for size in sizes if size)) if batch is None else batch
 
     def _resume(self) -> int:
-        found = self.problem.store.load(self._identity()) if self.problem.store else None
-        if not found:
+        kept = self.problem.store.load(self.identity) if self.problem.store else None
+        if not kept:
             return 0
-        done, tensors = found
+        done, tensors = kept
         self.flat.copy_(tensors["weights"])
         for name in tensors.keys() - {"weights"}:
             self.estimated[name] = self.buffers[name].copy_(tensors[name])
@@ -245,7 +255,7 @@ class _Walk:
 
     def _keep(self, done: int) -> None:
         if self.problem.store:
-            self.problem.store.save(self._identity(), done, {"weights": self.flat} | self.estimated)
+            self.problem.store.save(self.identity, done, {"weights": self.flat} | self.estimated)
 
 
 class _Experts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from adaptive_merge.starts.sites import Site, Weights
 from adaptive_merge.starts.tower import Activation, Attention, Block, Chain, Hooked, Linear, Norm, Pool, Step, Taken
 
-__all__ = ["describe", "structure"]
+__all__ = ["describe"]
 
 # Relative; two implementations of attention differ by less in float32 and in bfloat16.
 SAME = 2e-2
@@ -72,11 +71,6 @@ _TIMM = _Family(
 _FAMILIES = (_OPEN_CLIP, _HUGGING_FACE, _TIMM)
 
 
-def structure(backbone: nn.Module) -> nn.Module:
-    """A copy of the backbone's structure on the meta device, in evaluation mode."""
-    return copy.deepcopy(backbone).to("meta").eval()
-
-
 def describe(backbone: nn.Module, images: Tensor, weights: Weights) -> tuple[Block, ...]:
     """The backbone's blocks in forward order.
 
@@ -84,7 +78,7 @@ def describe(backbone: nn.Module, images: Tensor, weights: Weights) -> tuple[Blo
     transformer blocks and its tail. Any other module is one block for each of its layers.
 
     Args:
-        backbone: its structure; see `structure`.
+        backbone: its structure; see `without_weights`.
         images: a batch, of which the order of execution is taken where it is not known.
         weights: any weights and buffers of the backbone, to make sure that a tower does what its names promise.
     """
@@ -174,7 +168,7 @@ def _block(family: _Family, block: nn.Module, prefix: str, last: bool) -> Chain:
         Activation(_get(block, names.act)),
         Linear((_linear(block, names.proj, prefix, class_only=last, stream=True),), scales[1]),
     ]
-    return Chain(steps, [scale for scale in scales if scale])
+    return Chain(steps)
 
 
 def _scale(block: nn.Module, path: str, prefix: str) -> str | None:
@@ -250,7 +244,9 @@ def _is_plain_conv(module: nn.Module) -> bool:
 
 
 def _conv(name: str, module: Any) -> Site:
-    return Site(name, (f"{name}.weight",), (f"{name}.bias",) if module.bias is not None else (), "conv", conv=module)
+    biases = (f"{name}.bias",) if module.bias is not None else ()
+    patches = nn.Unfold(module.kernel_size, module.dilation, module.padding, module.stride)
+    return Site(name, (f"{name}.weight",), biases, "conv", patches=patches)
 
 
 def _hooked(backbone: nn.Module, images: Tensor) -> tuple[Block, ...]:

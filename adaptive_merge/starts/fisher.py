@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor, nn
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.heads import Head
+from adaptive_merge.merge.backbone import without_weights
 from adaptive_merge.starts.base import Problem, Solution, Start
-from adaptive_merge.starts.families import structure
-from adaptive_merge.starts.predictions import head_of, label_weights, logits_of
+from adaptive_merge.starts.predictions import heads_of, label_weights, logits_of
 
 __all__ = ["Fisher"]
 
@@ -22,7 +21,7 @@ class Fisher(Start):
     the expert's own predictions; no label is needed, a head of every task is.
 
     Args:
-        samples: labels drawn an image from the expert's prediction; None: the expectation over all classes, which
+        samples: labels drawn a unit from the expert's prediction; None: the expectation over all classes, which
             takes a backward pass for each.
         normalise: whether each task's F is divided by its norm over the model.
         floor: added to every F, so that entries on which no prediction hangs are averaged.
@@ -36,22 +35,23 @@ class Fisher(Start):
         self.samples, self.normalise, self.floor = samples, normalise, floor
 
     def solve(self, problem: Problem) -> Solution:
-        tower, tasks = structure(problem.backbone), problem.experts.tasks
-        done, weighted, total = self._resume(problem)
+        tower, heads, tasks = without_weights(problem.backbone), heads_of(problem), problem.experts.tasks
+        identity = problem.identity(self) if problem.store else ""
+        done, weighted, total = self._resume(problem, identity)
         for number, task in enumerate(tasks[done:], start=done + 1):
-            information = self._information(tower, problem, task)
+            information = self._information(tower, heads[task], problem, task)
             weighted += information * torch.cat([part.flatten() for part in problem.expert(task).values()])
             total += information
             if problem.store:
-                problem.store.save(self._identity(problem), number, {"weighted": weighted, "total": total})
+                problem.store.save(identity, number, {"weighted": weighted, "total": total})
             if problem.progress:
                 problem.progress(number, len(tasks))
         return Solution(weighted / total)
 
-    def _information(self, tower: nn.Module, problem: Problem, task: str) -> Tensor:
+    def _information(self, tower: nn.Module, head: Head, problem: Problem, task: str) -> Tensor:
         """F_t [P] over the images of all processes."""
         weights = {name: value.requires_grad_() for name, value in problem.expert(task).items()}
-        head, buffers, images = head_of(problem, task), problem.buffers, 0
+        buffers, images = problem.buffers, 0
         squares = torch.zeros(problem.experts.layout.numel + 1, device=problem.anchor.device)
         for batch in problem.batches(task):
             for image in batch:
@@ -68,23 +68,20 @@ class Fisher(Start):
             information = information / information.norm().clamp_min(1e-30)
         return information + self.floor
 
-    def _identity(self, problem: Problem) -> str:
-        return json.dumps([repr(self), problem.experts.fingerprint])
-
-    def _resume(self, problem: Problem) -> tuple[int, Tensor, Tensor]:
-        found = problem.store.load(self._identity(problem)) if problem.store else None
-        if found:
-            weighted, total = (found[1][name].to(problem.anchor.device) for name in ("weighted", "total"))
-            return found[0], weighted, total
+    def _resume(self, problem: Problem, identity: str) -> tuple[int, Tensor, Tensor]:
+        kept = problem.store.load(identity) if problem.store else None
+        if kept:
+            weighted, total = (kept[1][name].to(problem.anchor.device) for name in ("weighted", "total"))
+            return kept[0], weighted, total
         blank = torch.zeros(problem.experts.layout.numel, device=problem.anchor.device)
         return 0, blank, blank.clone()
 
 
 def _expected_square(logits: Tensor, share: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Σ_y share(y) (∇ log p(y))² [P] of one image's logits [1, C]."""
+    """Σ_y share(y) (∇ log p(y))² [P], over the units of one image's logits [1, k, C]."""
     log, total = logits.log_softmax(-1)[0], torch.zeros(sum(p.numel() for p in parameters), device=logits.device)
-    for label in share[0].nonzero().flatten():
-        gradients = torch.autograd.grad(log[label], parameters, retain_graph=True, allow_unused=True)
+    for unit, label in share[0].nonzero():
+        gradients = torch.autograd.grad(log[unit, label], parameters, retain_graph=True, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters)]
-        total = total + share[0, label] * torch.cat([part.flatten() for part in parts]) ** 2
+        total = total + share[0, unit, label] * torch.cat([part.flatten() for part in parts]) ** 2
     return total

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.heads import Head
 from adaptive_merge.starts.base import Problem
-from adaptive_merge.starts.engine import ClosedForm, Pair, View
-from adaptive_merge.starts.predictions import as_features, head_of, label_weights
+from adaptive_merge.starts.engine import ClosedForm, Pair, States, View
+from adaptive_merge.starts.predictions import answers, as_features, heads_of, label_weights
 from adaptive_merge.starts.sites import Layer, Seen, Site, Weights
 from adaptive_merge.starts.sums import Moments
 from adaptive_merge.starts.systems import System
@@ -34,7 +35,7 @@ class MaTS(ClosedForm):
         form: `"block"`, or `"gram"` with S_t = I, which needs no heads and leads to RegMean.
         iterations: of the conjugate gradients; fewer stay closer to the anchor.
         shrink: what off-diagonal entries of the G_t are multiplied by.
-        samples: labels drawn an image for S_t from the expert's own prediction; None: all classes.
+        samples: labels drawn a unit for S_t from the expert's own prediction; None: all classes.
     """
 
     views: ClassVar[tuple[View, ...]] = ("expert",)
@@ -61,14 +62,14 @@ class MaTS(ClosedForm):
         return Pair(x, x[:, :0])
 
     def output_grams(
-        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: Callable
+        self, problem: Problem, task: str, path: Sequence[Block], sites: Sequence[Site], states: States
     ) -> dict[Site, Tensor]:
         """S_t [out, out] of the sites, float64; of the first block of `path`, which leads to the features."""
         if self.form == "gram" or not sites:
             return {}
-        expert, head = problem.expert(task) | problem.buffers, head_of(problem, task)
+        expert, head = problem.expert(task) | problem.buffers, heads_of(problem)[task]
         sizes = {site: len(site.read(expert).weight) for site in sites}
-        totals = {site: head.new_zeros(size, size, dtype=torch.float64) for site, size in sizes.items()}
+        totals = {site: problem.anchor.new_zeros(size, size, dtype=torch.float64) for site, size in sizes.items()}
         for number, (_, state) in enumerate(states()):
             for site, gram in self._batch(expert, head, path, sites, state, f"{task} {number}").items():
                 totals[site] = totals[site] + gram
@@ -76,18 +77,18 @@ class MaTS(ClosedForm):
 
     @torch.enable_grad()
     def _batch(
-        self, expert: Weights, head: Tensor, path: Sequence[Block], sites: Sequence[Site], state: Tensor, key: str
+        self, expert: Weights, head: Head, path: Sequence[Block], sites: Sequence[Site], state: Tensor, key: str
     ) -> dict[Site, Tensor]:
         end, seen = path[0].trace(expert, state.detach().clone().requires_grad_(), [site.name for site in sites])
         for block in path[1:]:
             end = block.advance(expert, end)
-        logits = torch.nn.functional.normalize(as_features(end).float(), dim=-1) @ head.T
+        logits = answers(head, as_features(end))
         share, log = label_weights(logits, self.samples, key), logits.log_softmax(-1)
         outputs = [seen[site.name].y for site in sites]
         totals: dict[Site, Tensor] = {}
-        for label in share.sum(0).nonzero().flatten():
+        for unit, label in share.sum(0).nonzero():
             # An image's label weighs its square, and images do not mix: the root of the weight goes into the sum.
-            total = (share[:, label].sqrt() * log[:, label]).sum()
+            total = (share[:, unit, label].sqrt() * log[:, unit, label]).sum()
             gradients = torch.autograd.grad(total, outputs, retain_graph=True)
             for site, gradient in zip(sites, gradients):
                 rows = site.outputs_of(gradient)

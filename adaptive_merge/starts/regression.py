@@ -129,17 +129,14 @@ def _extrapolated(problem: Problem, share: float) -> Tensor:
 
 def _lost(merged: Seen, own: Seen) -> Tensor:
     """What the merged stream lacks before a layer that writes to it, in units of the layer's output."""
-    if merged.scale is None:
-        return own.before - merged.before
-    target = own.after - merged.before
-    tiny = merged.scale.abs().clamp_min(1e-12).copysign(merged.scale)
-    return target / tiny - own.y
+    scale = merged.scale.abs().clamp_min(1e-12).copysign(merged.scale)
+    return (own.before - merged.before + (own.scale - merged.scale) * own.y) / scale
 
 
 def _apply(site: Site, layer: Layer, x: Tensor) -> Tensor:
     """A layer on inputs [n, in]."""
     if site.kind == "norm":
-        return x * layer.weight + layer.bias
+        return x * layer.weight + layer.shift
     return F.linear(x, *layer)
 
 

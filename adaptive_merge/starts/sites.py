@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["Layer", "Seen", "Site", "Weights"]
@@ -26,30 +26,45 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def shift(self) -> Tensor:
+        """The bias [out]; zeros where there is none."""
+        return self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+
     def double(self) -> Layer:
         """The same in float64."""
         return Layer(self.weight.double(), None if self.bias is None else self.bias.double())
 
 
-class Seen(NamedTuple):
+# Scalars on the CPU go with tensors on any device.
+_ZERO, _ONE = torch.zeros(()), torch.ones(())
+
+
+@dataclass
+class Seen:
     """What one model has at a site for a batch.
 
     Args:
         x: input of the map; for a norm the normalised input before scale and shift.
-        y: output of the map.
-        before: the residual stream that the map writes to, before it; None where it writes to none.
-        scale: what the output is multiplied by on its way into the stream (LayerScale); None stands for 1.
+        output: computes the map's output; not every method asks for every model's.
+        before: the residual stream that the map writes to, before it; 0 where it writes to none.
+        scale: what the output is multiplied by on its way into the stream (LayerScale).
     """
 
     x: Tensor
-    y: Tensor
-    before: Tensor | None = None
-    scale: Tensor | None = None
+    output: Callable[[], Tensor]
+    before: Tensor = _ZERO
+    scale: Tensor = _ONE
+
+    @cached_property
+    def y(self) -> Tensor:
+        """Output of the map."""
+        return self.output()
 
     @property
     def after(self) -> Tensor:
         """The residual stream after the map."""
-        return self.before + (self.y if self.scale is None else self.scale * self.y)
+        return self.before + self.scale * self.y
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Site:
         transposed: whether the weight is stored as [in, out].
         class_only: whether nothing but the class token's output here reaches the features.
         stream: whether the output is added to the residual stream.
-        conv: the convolution's module, for its geometry.
+        patches: unfolds the inputs of a convolution.
     """
 
     name: str
@@ -76,7 +91,7 @@ class Site:
     transposed: bool = False
     class_only: bool = False
     stream: bool = False
-    conv: nn.Conv2d | None = None
+    patches: nn.Unfold | None = None
 
     def read(self, weights: Weights) -> Layer:
         """The site's layer in a model."""
@@ -88,16 +103,13 @@ class Site:
         """Put a layer into the model's tensors, in place."""
         weight = layer.weight.T if self.transposed else layer.weight
         _unstack([weights[name] for name in self.weights], self.rows, weight)
-        if self.biases:
+        if layer.bias is not None:
             _unstack([weights[name] for name in self.biases], self.rows, layer.bias)
 
     def rows_of(self, seen: Tensor, width: int) -> Tensor:
         """An input of `width` entries as a matrix [n, width]: a row a token, or a row a patch of a convolution."""
-        if self.kind != "conv":
-            return seen.reshape(-1, width)
-        conv = self.conv
-        patches = F.unfold(seen, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-        return patches.transpose(1, 2).reshape(-1, width)
+        rows = seen if self.patches is None else self.patches(seen).transpose(1, 2)
+        return rows.reshape(-1, width)
 
     def outputs_of(self, seen: Tensor) -> Tensor:
         """An output as a matrix [n, out], row for row as `rows_of`."""

@@ -55,8 +55,12 @@ class Sums:
             gram, cross = weighted.T @ x, weighted.T @ y
         mean_y = y.sum(0) if weights is None else weights @ y
         tokens = x.new_tensor(len(x)) if weights is None else weights.sum()
-        parts = [part.double() for part in (gram, cross, weighted.sum(0), mean_y, tokens)]
-        self.totals = [total + part for total, part in zip(self.totals, parts)] if self.totals else parts
+        parts = [gram, cross, weighted.sum(0), mean_y, tokens]
+        if not self.totals:
+            self.totals = [part.double() for part in parts]
+            return
+        for total, part in zip(self.totals, parts):
+            total += part  # in place: a Gram of ViT-B's widest layer is 75 MB in float64
 
     def blank(self, inputs: int, outputs: int, device: torch.device) -> None:
         """Stand for a process that has no batch of the task, where others do."""
@@ -68,9 +72,8 @@ class Sums:
             self.totals = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
 
     def moments(self, reduce: Callable[[Tensor], Tensor]) -> Moments:
-        """The means over all processes; `reduce` sums a tensor over them."""
-        flat = reduce(torch.cat([total.flatten() for total in self.totals]))
-        parts = flat.split([total.numel() for total in self.totals])
-        tokens = float(parts[-1])
-        gram, cross, x, y = (part.view_as(total) / tokens for part, total in zip(parts[:-1], self.totals))
-        return Moments(gram, cross, x, y, tokens)
+        """The means over all processes, where `reduce` sums a tensor over them; the sums are used up."""
+        *totals, tokens = map(reduce, self.totals)
+        self.totals = []
+        gram, cross, x, y = (total.div_(tokens) for total in totals)
+        return Moments(gram, cross, x, y, float(tokens))

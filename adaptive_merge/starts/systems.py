@@ -49,25 +49,26 @@ class RidgeSystem(System):
     def __init__(self, anchor: Layer, strength: float) -> None:
         super().__init__(anchor)
         self.strength = strength
-        rows = [self.anchor.weight.T] + ([] if anchor.bias is None else [self.anchor.bias[None]])
-        self.target = torch.cat(rows)
+        bias = [] if self.anchor.bias is None else [self.anchor.bias[None]]
+        self.target = torch.cat([self.anchor.weight.T, *bias])
         self.left = self.target.new_zeros(len(self.target), len(self.target))
         self.right = torch.zeros_like(self.target)
 
     def add(self, moments: Moments, expert: Layer) -> None:
-        norm = _norm(moments)
-        if self.anchor.bias is None:
-            self.left += moments.gram / norm
-            self.right += moments.cross / norm
-        else:
-            one = moments.x.new_ones(1)
-            edge = torch.cat([moments.x, one])
-            self.left += torch.cat([torch.cat([moments.gram, moments.x[:, None]], 1), edge[None]]) / norm
-            self.right += torch.cat([moments.cross, moments.y[None]]) / norm
+        share, width = 1 / _norm(moments), len(moments.x)
+        self.left[:width, :width].add_(moments.gram, alpha=share)
+        self.right[:width].add_(moments.cross, alpha=share)
+        if self.anchor.bias is not None:
+            self.left[width, :width].add_(moments.x, alpha=share)
+            self.left[:width, width].add_(moments.x, alpha=share)
+            self.left[width, width] += share
+            self.right[width].add_(moments.y, alpha=share)
 
     def solution(self) -> Layer:
-        self.left.diagonal().add_(self.strength)
+        alive = self.left.diagonal() != 0  # of other inputs nothing is known: they stay at the anchor
+        self.left.diagonal().add_(alive, alpha=self.strength)
         solved = solve(self.left, self.right.add_(self.target, alpha=self.strength))
+        solved = torch.where(alive[:, None], solved, self.target)
         return Layer(solved.T, None) if self.anchor.bias is None else Layer(solved[:-1].T, solved[-1])
 
 
@@ -91,10 +92,9 @@ class FeatCalSystem(System):
 
     def add(self, moments: Moments, expert: Layer) -> None:
         norm = _norm(moments)
-        self.left += moments.gram / norm
-        self.right += moments.cross / norm
-        if expert.bias is not None:
-            self.right -= moments.x[:, None] * expert.bias / norm
+        self.left.add_(moments.gram, alpha=1 / norm)
+        self.right.add_(moments.cross, alpha=1 / norm)
+        self.right -= moments.x[:, None] * expert.shift / norm
         self.x, self.y, self.share = self.x + moments.x / norm, self.y + moments.y / norm, self.share + 1 / norm
 
     def solution(self) -> Layer:
@@ -102,7 +102,7 @@ class FeatCalSystem(System):
         weight = solve(self.left, self.right.add_(self.anchor.weight.T, alpha=self.strength)).T
         if self.anchor.bias is None:
             return Layer(weight, None)
-        missing = self.y - weight @ self.x + self.strength * self.anchor.bias
+        missing = self.y - weight @ self.x + self.strength * self.anchor.shift
         return Layer(weight, missing / (self.share + self.strength))
 
 
@@ -122,25 +122,28 @@ class GramSystem(System):
     ) -> None:
         super().__init__(anchor)
         self.shrink, self.pseudo, self.scale = shrink, pseudo, scale
-        zero = torch.zeros_like(self.anchor.weight), None if anchor.bias is None else torch.zeros_like(self.anchor.bias)
-        self.base = Layer(*zero) if base is None else base.double()
+        self.base = Layer(torch.zeros_like(self.anchor.weight), None) if base is None else base.double()
         self.left = self.anchor.weight.new_zeros((anchor.weight.shape[1],) * 2)
-        self.right = torch.zeros_like(self.anchor.weight.T)
-        self.bias, self.tasks = None if anchor.bias is None else torch.zeros_like(self.anchor.bias), 0
+        self.right, self.mean = torch.zeros_like(self.anchor.weight.T), torch.zeros_like(self.anchor.weight)
+        self.bias, self.tasks = torch.zeros_like(self.base.shift), 0
 
     def add(self, moments: Moments, expert: Layer) -> None:
         gram = moments.gram * self.shrink
         gram.diagonal().copy_(moments.gram.diagonal())
-        self.left = self.left + gram
-        self.right = self.right + gram @ (expert.weight.double() - self.base.weight).T
-        self.tasks += 1
-        if expert.bias is not None:
-            self.bias = self.bias + expert.bias.double() - self.base.bias
+        moved = expert.weight.double() - self.base.weight
+        self.left, self.right = self.left + gram, self.right + gram @ moved.T
+        self.mean, self.tasks = self.mean + moved, self.tasks + 1
+        self.bias = self.bias + expert.shift.double() - self.base.shift
 
     def solution(self) -> Layer:
-        solved = pseudo_inverse(self.left) @ self.right if self.pseudo else solve(self.left, self.right)
-        weight = self.base.weight + self.scale * solved.T
-        return Layer(weight, None if self.base.bias is None else self.base.bias + self.scale * self.bias / self.tasks)
+        if self.pseudo:
+            solved = (pseudo_inverse(self.left) @ self.right).T
+        else:
+            silent = self.left.diagonal() == 0  # inputs that say nothing of their weights: the mean
+            solved = torch.where(silent, self.mean / self.tasks, solve(self.left, self.right).T)
+        weight = self.base.weight + self.scale * solved
+        bias = self.base.shift + self.scale * self.bias / self.tasks
+        return Layer(weight, None if self.anchor.bias is None else bias)
 
 
 class NormSystem(System):
@@ -161,7 +164,7 @@ class NormSystem(System):
 
     def solution(self) -> Layer:
         first, second = self.square + self.strength, self.tasks + self.strength
-        right = self.zy + self.strength * self.anchor.weight, self.y + self.strength * self.anchor.bias
+        right = self.zy + self.strength * self.anchor.weight, self.y + self.strength * self.anchor.shift
         determinant = (first * second - self.z**2).clamp_min(1e-8)
         gamma = (second * right[0] - self.z * right[1]) / determinant
         return Layer(gamma, (first * right[1] - self.z * right[0]) / determinant)
@@ -179,11 +182,11 @@ class ScaleSystem(System):
     def add(self, moments: Moments, expert: Layer) -> None:
         self.square = self.square + moments.gram
         self.weighted = self.weighted + moments.gram * (expert.weight - self.anchor.weight)
-        self.shift, self.tasks = self.shift + (expert.bias - self.anchor.bias), self.tasks + 1
+        self.shift, self.tasks = self.shift + (expert.shift - self.anchor.shift), self.tasks + 1
 
     def solution(self) -> Layer:
         weight = self.anchor.weight + self.scale * self.weighted / self.square.clamp_min(1e-12)
-        return Layer(weight, self.anchor.bias + self.scale * self.shift / self.tasks)
+        return Layer(weight, self.anchor.shift + self.scale * self.shift / self.tasks)
 
 
 class Statistics(System):
@@ -205,7 +208,15 @@ class Statistics(System):
 
 
 def solve(left: Tensor, right: Tensor) -> Tensor:
-    """left⁻¹ right of a symmetric positive definite matrix; its pseudo-inverse, with a warning, where it is not."""
+    """left⁻¹ right of a symmetric positive definite matrix; its pseudo-inverse, with a warning, where it is not.
+
+    Inputs that are always zero, as behind dead ReLUs and in padding, get zeros without more ado.
+    """
+    alive = left.diagonal() != 0
+    if not alive.all():
+        solved = torch.zeros_like(right)
+        solved[alive] = solve(left[alive][:, alive], right[alive])
+        return solved
     factor, failed = torch.linalg.cholesky_ex(left)
     if not failed:
         return torch.cholesky_solve(right, factor)

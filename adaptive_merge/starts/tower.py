@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,10 @@ class Block(ABC):
         """The state at the end of the block."""
         return self.trace(weights, state, ())[0]
 
+    def parts(self) -> tuple[Block, ...]:
+        """Smaller blocks that do the same one after another, where activations may as well be kept."""
+        return (self,)
+
 
 class State(NamedTuple):
     """The residual stream [B, N, d], and what is computed beside it."""
@@ -55,29 +59,29 @@ class Step(ABC):
 
     sites: tuple[Site, ...] = ()
 
+    def look(self, weights: Weights, state: State) -> dict[str, Seen]:
+        """What a model has at the step's sites."""
+        return {}
+
     @abstractmethod
-    def run(self, weights: Weights, state: State) -> tuple[State, dict[str, Seen]]:
-        """The state after it, and what was seen at its sites."""
+    def run(self, state: State, seen: Mapping[str, Seen]) -> State:
+        """The state after it, where `seen` is what its sites have."""
 
 
-@dataclass(frozen=True)
 class Norm(Step):
-    """LayerNorm of the stream, or of what is beside it."""
+    """LayerNorm of the stream."""
 
-    site: Site
-    eps: float
-    of_stream: bool = True
+    def __init__(self, site: Site, eps: float) -> None:
+        self.sites, self.eps = (site,), eps
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (self.site,)
+    def look(self, weights: Weights, state: State) -> dict[str, Seen]:
+        (site,) = self.sites
+        layer = site.read(weights)
+        norm = partial(F.layer_norm, state.stream, layer.weight.shape, eps=self.eps)
+        return {site.name: Seen(norm(), partial(norm, weight=layer.weight, bias=layer.bias))}
 
-    def run(self, weights: Weights, state: State) -> tuple[State, dict[str, Seen]]:
-        x = state.stream if self.of_stream else state.x
-        layer = self.site.read(weights)
-        z = F.layer_norm(x, layer.weight.shape, None, None, self.eps)
-        y = F.layer_norm(x, layer.weight.shape, layer.weight, layer.bias, self.eps)
-        return State(state.stream, y), {self.site.name: Seen(z, y)}
+    def run(self, state: State, seen: Mapping[str, Seen]) -> State:
+        return State(state.stream, seen[self.sites[0].name].y)
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,18 @@ class Linear(Step):
     sites: tuple[Site, ...]
     scale: str | None = None
 
-    def run(self, weights: Weights, state: State) -> tuple[State, dict[str, Seen]]:
-        outputs = [F.linear(state.x, *site.read(weights)) for site in self.sites]
-        seen = {site.name: Seen(state.x, y) for site, y in zip(self.sites, outputs)}
-        if not self.sites[0].stream:
-            return State(state.stream, outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)), seen
-        scale = weights[self.scale] if self.scale else None
-        (name, written), *_ = seen.items()
-        written = Seen(written.x, written.y, state.stream, scale)
-        return State(written.after, written.y), {name: written}
+    def look(self, weights: Weights, state: State) -> dict[str, Seen]:
+        seen = {site.name: Seen(state.x, partial(F.linear, state.x, *site.read(weights))) for site in self.sites}
+        if self.sites[0].stream:
+            written = seen[self.sites[0].name]
+            written.before = state.stream
+            written.scale = weights[self.scale] if self.scale else written.scale
+        return seen
+
+    def run(self, state: State, seen: Mapping[str, Seen]) -> State:
+        parts = [seen[site.name] for site in self.sites]
+        outputs = parts[0].y if len(parts) == 1 else torch.cat([part.y for part in parts], -1)
+        return State(parts[0].after if self.sites[0].stream else state.stream, outputs)
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,10 @@ class Attention(Step):
 
     heads: int
 
-    def run(self, weights: Weights, state: State) -> tuple[State, dict[str, Seen]]:
+    def run(self, state: State, seen: Mapping[str, Seen]) -> State:
         parts = state.x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(*parts)
-        return State(state.stream, out.transpose(1, 2).flatten(2)), {}
+        return State(state.stream, out.transpose(1, 2).flatten(2))
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,8 @@ class Activation(Step):
 
     module: nn.Module
 
-    def run(self, weights: Weights, state: State) -> tuple[State, dict[str, Seen]]:
-        return State(state.stream, self.module(state.x)), {}
+    def run(self, state: State, seen: Mapping[str, Seen]) -> State:
+        return State(state.stream, self.module(state.x))
 
 
 @dataclass(frozen=True)
@@ -127,17 +134,17 @@ class Pool(Step):
     prefix: int
     mean: bool = False
 
-    def run(self, weights: Weights, state: State) -> tuple[State, dict[str, Seen]]:
+    def run(self, state: State, seen: Mapping[str, Seen]) -> State:
         pooled = state.stream[:, self.prefix :].mean(1) if self.mean else state.stream[:, 0]
-        return State(pooled, pooled), {}
+        return State(pooled, pooled)
 
 
 @dataclass(frozen=True)
 class Taken(Step):
     """What is beside the stream becomes the stream."""
 
-    def run(self, weights: Weights, state: State) -> tuple[State, dict[str, Seen]]:
-        return State(state.x, state.x), {}
+    def run(self, state: State, seen: Mapping[str, Seen]) -> State:
+        return State(state.x, state.x)
 
 
 class Chain(Block):
@@ -147,33 +154,42 @@ class Chain(Block):
 
     Args:
         steps: in order.
-        others: names of parameters that no site has, such as scales.
     """
 
-    def __init__(self, steps: Sequence[Step], others: Sequence[str] = ()) -> None:
+    def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = tuple(steps)
         self.sites = tuple(step.sites for step in self.steps if step.sites)
         self.writes = any(site.stream for group in self.sites for site in group)
         names = [name for group in self.sites for site in group for name in (*site.weights, *site.biases)]
-        self.parameters = tuple(dict.fromkeys([*names, *others]))
+        names += [step.scale for step in self.steps if isinstance(step, Linear) and step.scale]
+        self.parameters = tuple(dict.fromkeys(names))
+
+    def parts(self) -> tuple[Chain, ...]:
+        """Chains that end where this one writes to the stream: the stream alone leads from one to the next."""
+        ends = [end for end, step in enumerate(self.steps, start=1) if any(site.stream for site in step.sites)]
+        if not ends:
+            return (self,)
+        return tuple(Chain(self.steps[start:end]) for start, end in zip([0, *ends], ends))
 
     def observe(self, weights: Weights, state: Tensor, wanted: Collection[str]) -> dict[str, Seen]:
-        last = max(index for index, step in enumerate(self.steps) if {site.name for site in step.sites} & set(wanted))
-        return self._run(self.steps[: last + 1], weights, state, wanted)[1]
-
-    def trace(self, weights: Weights, state: Tensor, wanted: Collection[str]) -> tuple[Tensor, dict[str, Seen]]:
-        end, record = self._run(self.steps, weights, state, wanted)
-        return (end.stream if self.writes else end.x), record
-
-    def _run(
-        self, steps: Sequence[Step], weights: Weights, state: Tensor, wanted: Collection[str]
-    ) -> tuple[State, dict[str, Seen]]:
         at = State(state, state)
         record: dict[str, Seen] = {}
-        for step in steps:
-            at, seen = step.run(weights, at)
+        for step in self.steps:
+            seen = step.look(weights, at)
             record |= {name: value for name, value in seen.items() if name in wanted}
-        return at, record
+            if len(record) == len(wanted):
+                break
+            at = step.run(at, seen)
+        return record
+
+    def trace(self, weights: Weights, state: Tensor, wanted: Collection[str]) -> tuple[Tensor, dict[str, Seen]]:
+        at = State(state, state)
+        record: dict[str, Seen] = {}
+        for step in self.steps:
+            seen = step.look(weights, at)
+            record |= {name: value for name, value in seen.items() if name in wanted}
+            at = step.run(at, seen)
+        return (at.stream if self.writes else at.x), record
 
 
 class _Reached(Exception):
@@ -215,7 +231,7 @@ class Hooked(Block):
         sites = {site.name: site for (site,) in self.sites if site.name in wanted}
 
         def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            record[name] = Seen(_input(sites[name], module, inputs[0]), output)
+            record[name] = Seen(_input(sites[name], module, inputs[0]), lambda: output)
             if stop and len(record) == len(sites):
                 raise _Reached
 

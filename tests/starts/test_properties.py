@@ -10,6 +10,7 @@ from conftest import bank_of, heads_of, images_of, small_vit
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
+from adaptive_merge.starts.choose import ChosenRegression
 from adaptive_merge.starts.fisher import Fisher
 from adaptive_merge.starts.mats import MaTS
 from adaptive_merge.starts.regmean import LOT, RegMean, RegMeanPP
@@ -139,6 +140,38 @@ def test_two_processes_sum_to_one(make_problem, method):
     solved = in_two_processes(lambda number, add: method.solve(make_problem(images=shares[number], reduce=add)).weights)
     assert torch.equal(*solved)
     assert distance(solved[0], method.solve(make_problem()).weights) < 1e-5
+
+
+@pytest.mark.parametrize("method", named([CompensatedRegression(0.1), MaTS("block", 4, samples=None), Fisher()]))
+def test_a_process_may_have_no_image_at_all(make_problem, method):
+    images = images_of()
+    shares = [images, {task: pixels[:0] for task, pixels in images.items()}]
+    solved = in_two_processes(lambda number, add: method.solve(make_problem(images=shares[number], reduce=add)).weights)
+    assert torch.equal(*solved)
+    assert distance(solved[0], method.solve(make_problem()).weights) < 1e-6
+
+
+@pytest.mark.parametrize("cut", [5, 8])
+def test_processes_choose_the_same(make_problem, cut):
+    images = images_of(count=8)
+    shares = [{t: p[:cut] for t, p in images.items()}, {t: p[cut:] for t, p in images.items()}]
+    first, second = in_two_processes(
+        lambda number, add: ChosenRegression().solve(make_problem(images=shares[number], reduce=add))
+    )
+    assert torch.equal(first.weights, second.weights)
+    assert repr(first.choice) == repr(second.choice)
+    if cut == 8:
+        alone = ChosenRegression().solve(make_problem(images=images)).choice
+        assert first.choice.start.settings == alone.start.settings
+
+
+def test_the_images_are_part_of_what_a_store_keeps(make_problem):
+    other = images_of() | {"green": images_of()["green"] + 0.1}
+    more = images_of() | {"green": images_of()["green"][:47]}
+    problems = [make_problem(), make_problem(images=other), make_problem(images=more)]
+    first, second, third = (problem.identity(RegMean()) for problem in problems)
+    assert first == make_problem().identity(RegMean())
+    assert len({first, second, third}) == 3
 
 
 def in_two_processes(work):

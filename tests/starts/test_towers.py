@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import bank_of, images_of, small_vit
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from adaptive_merge.starts.families import describe, structure
+from adaptive_merge.merge.backbone import without_weights
+from adaptive_merge.starts.families import describe
 from adaptive_merge.starts.mats import MaTS
 from adaptive_merge.starts.predictions import as_features
 from adaptive_merge.starts.regmean import RegMean
@@ -97,7 +99,7 @@ def test_the_walk_gives_the_towers_own_features(name):
     backbone, images = TOWERS[name](), images_of()["red"][:4]
     state, weights = images, weights_of(backbone)
     with torch.no_grad():
-        blocks = describe(structure(backbone), images, weights)
+        blocks = describe(without_weights(backbone), images, weights)
         assert sum(isinstance(block, Chain) for block in blocks) == 3
         for block in blocks:
             state = block.advance(weights, state)
@@ -128,7 +130,7 @@ def call(backbone, weights, images):
 
 def test_blocks_of_the_same_names_that_do_something_else_go_by_hooks():
     backbone = timm_vit(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=None)
-    blocks = describe(structure(backbone), images_of()["red"][:4], weights_of(backbone))
+    blocks = describe(without_weights(backbone), images_of()["red"][:4], weights_of(backbone))
     assert not any(isinstance(block, Chain) for block in blocks)
 
 
@@ -174,12 +176,12 @@ def as_split(weights):
 
 def test_the_embedded_stem_is_solved_where_asked():
     encoder = build_encoder()
-    blocks = describe(structure(encoder), torch.randn(1, 3, 32, 32), weights_of(encoder))
+    blocks = describe(without_weights(encoder), torch.randn(1, 3, 32, 32), weights_of(encoder))
     assert [site.name for (site,) in blocks[0].sites] == ["conv1.0", "conv1.2", "conv1.4"]
 
 
 def test_other_towers_are_layers_in_order_of_execution():
-    blocks = describe(structure(Convolutions()), torch.zeros(2, 3, 8, 8), weights_of(Convolutions()))
+    blocks = describe(without_weights(Convolutions()), torch.zeros(2, 3, 8, 8), weights_of(Convolutions()))
     assert [site.name for block in blocks for (site,) in block.sites] == ["conv", "bn", "head"]
 
 
@@ -194,6 +196,39 @@ def test_running_statistics_are_those_of_the_merged_model(make_problem, method):
     assert torch.allclose(solution.buffers["bn.running_mean"], seen.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(solution.buffers["bn.running_var"], seen.var((0, 2, 3)), rtol=1e-4)
     assert torch.equal(backbone.bn.running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("method", [CompensatedRegression(0.01), RegMean()], ids=repr)
+def test_a_residual_network_with_downsampling_branches(make_problem, method):
+    torch.manual_seed(0)
+    backbone = torchvision.models.resnet18().eval()
+    backbone.layer4, backbone.fc = nn.Identity(), nn.Linear(256, 6)  # its systems of 4,608 take seconds
+    bank, images = bank_of(backbone, ("red", "green"), 0.02), images_of(("red", "green"), 8)
+    images = {task: nn.functional.interpolate(pixels, 32) for task, pixels in images.items()}
+    problem = make_problem(backbone=backbone, experts=bank, images=images)
+    solution = method.solve(problem)
+    assert len(solution.buffers) == 30
+    merged = bank.layout.unflatten(solution.weights) | solution.buffers
+    assert all(torch.isfinite(value).all() for value in merged.values())
+    if isinstance(method, CompensatedRegression):
+        anchor = bank.layout.unflatten(problem.anchor)
+        first, second = (
+            sum((call(backbone, w, images[t]) - call(backbone, bank.expert(t), images[t])).norm() for t in bank.tasks)
+            for w in (merged, anchor)
+        )
+        assert first < 0.3 * second
+
+
+def test_inputs_that_are_always_zero_keep_the_mean(make_problem):
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 6))
+    bank, images = bank_of(backbone), images_of(count=300)
+    for pixels in images.values():
+        pixels[:, 1] = 0
+    solved = RegMean().solve(make_problem(backbone=backbone, experts=bank, images=images)).weights
+    mean = bank.layout.unflatten(bank.pretrained + bank.vectors.mean(0))["1.weight"]
+    weight = bank.layout.unflatten(solved)["1.weight"]
+    assert torch.allclose(weight[:, 64:128], mean[:, 64:128], atol=1e-6)
+    assert not torch.allclose(weight[:, :64], mean[:, :64], atol=1e-3)
 
 
 def test_a_convolution_is_solved_as_a_linear_map_over_patches(make_problem):
