@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,7 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-if TYPE_CHECKING:
-    from adaptive_merge.starts.choose import Choice
-
-__all__ = ["Problem", "Solution", "Start", "Store"]
+__all__ = ["Agreement", "Choice", "Judged", "Problem", "Solution", "Start", "Store"]
 
 
 class Store(Protocol):
@@ -119,6 +116,40 @@ def _digest(batches: Iterable[Tensor]) -> tuple[float, float]:
             digest = int.from_bytes(hashlib.sha256(pixels).digest()[:5], "little")
         count += len(batch)
     return float(count), float(digest)
+
+
+class Agreement(NamedTuple):
+    """How far two models agree on some images.
+
+    Args:
+        share: of the units for which both name the same class, in [0, 1].
+        divergence: mean Jensen–Shannon divergence of their predictions, in nats, with the first model's logits scaled
+            as it is best for the task; 0 where they are equal.
+    """
+
+    share: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One row of the table: a start, and how far its models agree with the experts on images they have not seen."""
+
+    start: Start
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Args:
+        start: the one that agrees best; see `choose`.
+        table: all that were judged, in the order in which they were.
+    """
+
+    start: Start
+    table: tuple[Judged, ...]
 
 
 @dataclass(frozen=True)

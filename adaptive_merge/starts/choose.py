@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import without_weights
-from adaptive_merge.starts.base import Problem, Solution, Start
-from adaptive_merge.starts.predictions import Agreement, agreement, heads_of, logits_of, mean_agreement
+from adaptive_merge.starts.base import Choice, Judged, Problem, Solution, Start
+from adaptive_merge.starts.predictions import agreement, heads_of, logits_of, mean_agreement
 from adaptive_merge.starts.regression import CompensatedRegression
 
-__all__ = ["Choice", "ChosenRegression", "Judged", "choose"]
+__all__ = ["ChosenRegression", "choose"]
 
 # Images a task to judge by; where one held-out part has fewer, others take their turn too. With 16 images a task the
 # noise of the divergence was larger than what settings differ by, and cost a point of accuracy (embedded suite).
@@ -33,27 +33,6 @@ better, so that settings are not changed for nothing: 4 % with 16 images of 8 ta
 
 SCORES = "scores of walks"
 """Name of the tensor beside those of the walk under way in a store."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One row of the table: a start, and how far its models agree with the experts on images they have not seen."""
-
-    start: Start
-    agreement: Agreement
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen.
-
-    Args:
-        start: the one that agrees best; see `choose`.
-        table: all that were judged, in the order in which they were.
-    """
-
-    start: Start
-    table: tuple[Judged, ...]
 
 
 Change = Any

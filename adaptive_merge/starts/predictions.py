@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptive_merge.heads import Head, frozen_heads
-from adaptive_merge.starts.base import Problem
+from adaptive_merge.starts.base import Agreement, Problem
 from adaptive_merge.starts.sites import Weights
 
 __all__ = [
-    *("Agreement", "agreement", "answers", "as_features"),
+    *("agreement", "answers", "as_features"),
     *("heads_of", "label_weights", "logits_of", "mean_agreement"),
 ]
 
@@ -23,19 +23,6 @@ SCALES = tuple(2 ** (step / 4) for step in range(-2, 7))
 """Of a merged model's logits. Merged models are less sure than experts, the more so the further an anchor reaches: no
 loss of accuracy, but at one scale the divergence chose the surest, at up to .7 points (embedded suite).
 """
-
-
-class Agreement(NamedTuple):
-    """How far two models agree on some images.
-
-    Args:
-        share: of the units for which both name the same class, in [0, 1].
-        divergence: mean Jensen–Shannon divergence of their predictions, in nats, with the first model's logits scaled
-            as it is best for the task; 0 where they are equal.
-    """
-
-    share: float
-    divergence: float
 
 
 def heads_of(problem: Problem) -> dict[str, Head]:
