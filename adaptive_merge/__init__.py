@@ -16,7 +16,7 @@ _HOMES = {
     "engine.module": ["AdaptiveMerge"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "export": ["export_model", "load_adapters", "save_adapters"],
-    "heads": ["CosineHead", "Head", "LinearHead"],
+    "adapters.heads": ["CosineHead", "Head", "LinearHead"],
     "merge": ["MergedBackbone", "TaskVectors"],
     "objectives.base": ["Prediction"],
     "recipes": [

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.adapters.surgery import BlockSurgery, FeatureSurgery
 from adaptive_merge.adapters.tint import Tint
 from adaptive_merge.coefficients.linear import BlockWise, Bounds, Coefficients, Fixed, LayerWise, TaskWise
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
-from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.functional import Distance
 from adaptive_merge.objectives.taught import FeatureDistance, PseudoLabel

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.heads import Head
 from adaptive_merge.merge.backbone import MergedBackbone
 
 __all__ = ["Adapter", "Site"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
-from adaptive_merge.heads import Head
 from adaptive_merge.merge.backbone import MergedBackbone
 
 __all__ = ["BlockSurgery", "FeatureSurgery", "surgery"]

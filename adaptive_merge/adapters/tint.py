@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from adaptive_merge.adapters.base import Adapter, stacked
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.heads import Head
 from adaptive_merge.merge.backbone import MergedBackbone
 
 __all__ = ["Tint"]

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.old_files import upgraded
 from adaptive_merge.errors import InputError
-from adaptive_merge.heads import Head
 from adaptive_merge.privacy import scrub
 from adaptive_merge.transforms.base import Transform
 

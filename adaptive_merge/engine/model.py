@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.adapters.heads import HeadLike, frozen_heads
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.heads import HeadLike, frozen_heads
 from adaptive_merge.merge.backbone import Edit, MergedBackbone
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Prediction

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine import identity
@@ -27,7 +28,6 @@ from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
 from adaptive_merge.merge.rule import Rule

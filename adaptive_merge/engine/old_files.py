@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from adaptive_merge.heads import Head
+from adaptive_merge.adapters.heads import Head
 
 __all__ = ["upgraded", "upgraded_adapters"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
-from adaptive_merge.heads import Head
 from adaptive_merge.objectives.base import Prediction
 from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy
 

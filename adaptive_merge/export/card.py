@@ -9,12 +9,12 @@ from string import Template
 from typing import Any, Final
 
 from adaptive_merge import __version__
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.engine.identity import describe
 from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
 from adaptive_merge.export.tower import image_size
 from adaptive_merge.files import replacing
-from adaptive_merge.heads import Head
 from adaptive_merge.runs.results import footing, uses_labels
 from adaptive_merge.weights.manifest import sha256_of_files
 

@@ -10,9 +10,9 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.heads import Head
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.weights.manifest import Manifest
 from adaptive_merge.weights.open_clip_names import architecture_of, expected_shapes

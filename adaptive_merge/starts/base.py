@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.errors import InputError
-from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["Agreement", "Choice", "Judged", "Problem", "Solution", "Start", "Store"]

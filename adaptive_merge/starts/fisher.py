@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
-from adaptive_merge.heads import Head
 from adaptive_merge.merge.backbone import without_weights
 from adaptive_merge.starts.base import Problem, Solution, Start
 from adaptive_merge.starts.predictions import heads_of, label_weights, logits_of

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
-from adaptive_merge.heads import Head
 from adaptive_merge.starts.base import Problem
 from adaptive_merge.starts.engine import ClosedForm, Pair, States, View
 from adaptive_merge.starts.predictions import answers, as_features, heads_of, label_weights

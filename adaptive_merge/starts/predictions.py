@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_merge.heads import Head, frozen_heads
+from adaptive_merge.adapters.heads import Head, frozen_heads
 from adaptive_merge.starts.base import Agreement, Problem
 from adaptive_merge.starts.sites import Weights
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.data.images import Images
 from adaptive_merge.data.stream import TaskStream
-from adaptive_merge.heads import HeadLike
 from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["Suite"]

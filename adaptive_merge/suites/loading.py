@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from adaptive_merge.adapters.heads import HeadLike, LinearHead
 from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.files import shipped
-from adaptive_merge.heads import HeadLike, LinearHead
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.suites.base import Suite

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import adaptive_merge as am
+from adaptive_merge.adapters.heads import CosineHead
 from adaptive_merge.export import load_adapters, save_adapters
 from adaptive_merge.export.adapter_file import FORMAT
-from adaptive_merge.heads import CosineHead
 from adaptive_merge.merge.rule import Rule
 from adaptive_merge.sealed import load_sealed, save_sealed
 from export.export_helpers import build_module, build_tower

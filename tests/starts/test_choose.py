@@ -9,8 +9,8 @@ import torch
 from conftest import bank_of, heads_of, images_of
 from torch import nn
 
+from adaptive_merge.adapters.heads import Head, LinearHead
 from adaptive_merge.errors import InputError
-from adaptive_merge.heads import Head, LinearHead
 from adaptive_merge.starts.choose import NOISE, ChosenRegression, choose
 from adaptive_merge.starts.fisher import Fisher
 from adaptive_merge.starts.mats import MaTS

@@ -16,8 +16,8 @@ from users_method import Halves
 
 import adaptive_merge as am
 from adaptive_merge.__main__ import main
+from adaptive_merge.adapters.heads import frozen_heads
 from adaptive_merge.engine.scoring import TaskScore
-from adaptive_merge.heads import frozen_heads
 from adaptive_merge.runs.checkpoint import read_checkpoint
 
 SILENT = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
