@@ -16,6 +16,7 @@ _HOMES = {
     "engine.module": ["AdaptiveMerge"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "export": ["export_model", "load_adapters", "save_adapters"],
+    "adapters.heads": ["CosineHead", "Head", "LinearHead"],
     "merge": ["MergedBackbone", "TaskVectors"],
     "objectives.base": ["Prediction"],
     "recipes": [
@@ -30,7 +31,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Every class of these is public: a new one is one new file.
-_PARTS = ("transforms", "coefficients", "adapters", "objectives")
+_PARTS = ("transforms", "coefficients", "adapters", "objectives", "starts")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from adaptive_merge import __version__
-from adaptive_merge.errors import EXIT_USAGE, AdaptiveMergeError
+from adaptive_merge.cli.table import command, overview
+from adaptive_merge.errors import EXIT_USAGE, AdaptiveMergeError, InputError
 
 __all__ = ["main"]
 
@@ -13,23 +14,33 @@ __all__ = ["main"]
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 the user has to mend something."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments == ["--version"]:
-        sys.stdout.write(f"adaptive-merge {__version__}\n")
+    if arguments[:1] in (["--version"], ["-h"], ["--help"]):
+        sys.stdout.write(f"adaptive-merge {__version__}\n" if arguments[0] == "--version" else overview())
         return 0
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    # Only now: torch and Lightning take seconds to import.
-    from adaptive_merge.cli.fit import run
-
     try:
-        run(arguments)
+        _run(arguments)
     except AdaptiveMergeError as error:
         if debug:
             raise
         sys.stderr.write(f"adaptive-merge: {error}\n")
         return getattr(error, "exit_code", EXIT_USAGE)
     return 0
+
+
+def _run(arguments: list[str]) -> None:
+    from adaptive_merge.cli.allowlist import restrict_imports  # here, because --help does not wait for jsonargparse
+
+    arguments = restrict_imports(arguments)
+    if not arguments:
+        raise InputError("name a command; adaptive-merge --help lists them")
+    if arguments[0].startswith("-"):  # Lightning takes options before `fit` and `validate` as well
+        from adaptive_merge.cli.fit import run
+
+        return run(arguments)
+    return command(arguments[0])(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["replacing", "save_json", "save_tensors"]
+__all__ = ["replacing", "save_json", "save_tensors", "shipped"]
 
 
 @contextmanager
@@ -40,6 +40,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically; views and device tensors are copied first where needed."""
+    from safetensors.torch import save_file  # here, because it imports torch, which takes seconds
+
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     storages = [tensor.untyped_storage().data_ptr() for tensor in plain.values()]
     shared = len(set(storages)) < len(storages)
@@ -52,3 +54,10 @@ def save_json(path: str | Path, content: Any) -> None:
     """Write JSON, atomically, indented for people."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def shipped() -> Path:
+    """The folder of the recipes and suites that come with the package: in it or, in a checkout, beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"

@@ -25,7 +25,7 @@ def scrub(value: Any, name: str = "") -> Any:
         return {key: scrub(part, str(key)) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [scrub(part, name) for part in value]
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, (bool, float)):  # nobody's secret is a fraction
         return value
     if _NAME.search(name):
         return HIDDEN

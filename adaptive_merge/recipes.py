@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
+from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.adapters.surgery import BlockSurgery, FeatureSurgery
 from adaptive_merge.adapters.tint import Tint
 from adaptive_merge.coefficients.linear import BlockWise, Bounds, Coefficients, Fixed, LayerWise, TaskWise
@@ -33,7 +34,7 @@ __all__ = [
     "WeightAveraging",
 ]
 
-Heads = Mapping[str, Tensor]
+Heads = Mapping[str, HeadLike]
 Granularity = Literal["task", "layer", "block"]
 
 

@@ -6,6 +6,7 @@ the first to fail where a library changes one of these.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "bound_timeout",
     "is_offline",
     "labelled_files",
+    "options_of",
     "redirect",
     "timeout_of",
     "version_of",
@@ -62,6 +64,11 @@ def bound_timeout(strategy: Strategy, patience: timedelta) -> None:
 def add_ddp_options(strategy: DDPStrategy, options: Mapping[str, Any]) -> None:
     """Arguments for torch's DDP, under those that the user gave (Lightning 2.6; the same shortcuts)."""
     strategy._ddp_kwargs = {**options, **strategy._ddp_kwargs}
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Every option that a parser knows, such as `--trainer.max_steps` (argparse; no getter)."""
+    return list(parser._option_string_actions)
 
 
 def wandb_options(logger: WandbLogger) -> dict[str, Any]:

@@ -7,6 +7,9 @@ In one process, alternating round by round:
 
     python scripts/benchmark.py                          # embedded encoder, then ViT-B/32, T = 2, 4, 8
     python scripts/benchmark.py --model vit_b_32 --tasks 8 --images 1 16 --json bench.json
+    python scripts/benchmark.py --start --model vit_b_32 --tasks 8 --images 16
+
+With --start: (d) a start in closed form from the images, once, against (b), which then is one epoch of them.
 
 Peak memory is taken in a process of its own per contender, because a process never gives its peak back. Times
 are CPU seconds of one thread, or event times on CUDA; read the ratios, not the seconds.
@@ -38,6 +41,7 @@ import adaptive_merge as am
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.passes import combine, project
 from adaptive_merge.objectives.functional import entropy
+from adaptive_merge.starts.base import Problem
 from adaptive_merge.suites.embedded_tower import build_encoder
 
 CLASSES = (397, 196, 45, 10, 10, 43, 10, 47)  # of the eight CLIP tasks
@@ -136,6 +140,16 @@ def naive(backbone, bank, heads, batch) -> Callable[[], None]:
         optimizer.step()
 
     return step
+
+
+def start(backbone, bank, heads, batch) -> Callable[[], None]:
+    """The compensated regression from the mean of the experts."""
+    anchor = bank.pretrained.clone()
+    for row in bank.vectors:
+        anchor += row / len(bank.tasks)
+    problem = Problem(backbone, bank, anchor, {task: [part["image"]] for task, part in batch.items()}, heads)
+    method = am.CompensatedRegression()
+    return lambda: method.solve(problem)
 
 
 def clock(device: str) -> float:
@@ -240,6 +254,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--without", choices=CONTENDERS, nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
+    parser.add_argument("--start", action="store_true", help="only: a start against an epoch of AdaMerging")
     parser.add_argument("--surgery", action="store_true", help="only: adapter updates on kept outputs, ViT-B/32")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
@@ -248,7 +263,10 @@ def main() -> None:
         for name, value in surgery(options.device).items():
             print(f"{name}: {value:.4g}{'' if name == 'ratio' else ' s'}")
         return
-    contenders = tuple(name for name in CONTENDERS if name not in options.without)
+    libraries = resident_peak()  # a process of the same imports has as much before it begins
+    contenders = tuple(
+        name for name in (("start", "ours") if options.start else CONTENDERS) if name not in options.without
+    )
     rows = []
     for model in options.model:
         for tasks in options.tasks:
@@ -259,6 +277,8 @@ def main() -> None:
                 fit = tuple(name for name in contenders if row["peak_bytes"].get(name, 1))
                 row["seconds"] = time_steps(*setting, options.rounds, fit)
                 row["ratios"] = ratios(row)
+                row["library_bytes"] = libraries
+                row["parameters"] = sum(value.numel() for value in build(model).parameters())
                 rows.append(row)
                 show(row)
     if options.json:
@@ -322,6 +342,8 @@ def ratios(row: dict) -> dict[str, float]:
         found["naive / ours"] = seconds["naive"] / seconds["ours"]
     if "ours" in seconds:
         found["naive merge / ours"] = seconds["naive merge + gradient"] / (seconds["merge"] + seconds["gradient"])
+    if "start" in seconds:
+        found["start / ours"] = seconds["start"] / seconds["ours"]
     if "ours bf16" in seconds:
         found["bf16 / fp32"] = seconds["ours bf16"] / seconds["ours"]
     return found
@@ -334,6 +356,12 @@ def show(row: dict) -> None:
         for name, value in row.get("peak_bytes", {}).items()
     ]
     figures += [f"{name} = {value:.2f}" for name, value in row["ratios"].items()]
+    if row.get("peak_bytes", {}).get("start"):
+        bank = 4 * row["parameters"] * (row["tasks"] + 1)
+        beside, libraries = row["peak_bytes"]["start"] - bank, row["library_bytes"]
+        figures.append(f"start peak beside the bank {beside / 2**30:.2f} GiB")
+        figures.append(f"the same without interpreter and libraries {(beside - libraries) / 2**30:.2f} GiB")
+        figures.append(f"2 models + 1.5 GiB are {4 * 2 * row['parameters'] / 2**30 + 1.5:.2f} GiB")
     print(f"{row['model']}, T = {row['tasks']}, {row['images']} images a task, {row['device']}:")
     print("  " + "\n  ".join(figures))
     sys.stdout.flush()

@@ -2,5 +2,5 @@
 # Merge eight fine-tuned experts and adapt the merge on unlabelled images: all set-up included.
 # Arguments go to `adaptive-merge fit`, for example: bash scripts/demo.sh --trainer.max_steps 100
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-.venv/bin/adaptive-merge fit --config configs/embedded/adamerging.yaml --trainer.max_steps 200 \
+.venv/bin/adaptive-merge fit --config adamerging --trainer.max_steps 200 \
     --run.name demo --run.if_exists overwrite "$@"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The fast tests with the lowest versions that pyproject.toml declares, in a virtual environment of their own,
-# .venv-lowest. Python 3.11 only: the lowest versions have no wheels for later ones; PYTHON names another interpreter.
-# Arguments go to pytest and take the place of the fast tests.
+# .venv-lowest. Without the extra `export`, which needs a later torch than the rest. Python 3.11 only: the lowest
+# versions have no wheels for later ones; PYTHON names another interpreter. Arguments go to pytest instead of the fast
+# tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-$(command -v python3.11 || command -v python3)}"
@@ -13,7 +14,7 @@ stamp="$(cksum pyproject.toml)"
 if [ "$(cat $venv/installed 2>/dev/null)" != "$stamp" ]; then
     echo "Installing the lowest versions into $venv ..."
     $venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-    VIRTUAL_ENV=$venv $venv/bin/uv pip install --quiet --resolution lowest-direct --editable ".[dev]"
+    VIRTUAL_ENV=$venv $venv/bin/uv pip install --quiet --resolution lowest-direct --editable ".[report,clip,test]"
     echo "$stamp" > $venv/installed
 fi
 fast=(tests/adapters tests/coefficients tests/engine tests/merge tests/objectives tests/transforms tests/export

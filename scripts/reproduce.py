@@ -7,7 +7,7 @@
     python scripts/reproduce.py --tables                          # run nothing, write the tables anew
 
 Runs go to runs/reproduce/<protocol>/<method>-<seed>; one that has its results.json is not run again, so that an
-interrupted call goes on where it stopped. The tables hold whatever runs are there.
+interrupted call goes on where it stopped. Rows of the tables whose runs are not there stay as they are.
 """
 
 from __future__ import annotations
@@ -15,38 +15,35 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "embedded"
 RUNS = ROOT / "runs" / "reproduce"
 PAGE = ROOT / "docs" / "results.md"
 
-# Method → published mean on CLIP ViT-B/32, eight tasks, task_vectors checkpoints; None where no table is published.
-PUBLISHED: dict[str, float | None] = {
+# Method → published mean on CLIP ViT-B/32, eight tasks, task_vectors checkpoints, where there is one. Methods that are
+# not named here come after these, by name.
+PUBLISHED: dict[str, float] = {
     "weight_averaging": 65.8,
     "task_arithmetic": 69.1,
     "ties": 72.4,
     "adamerging_task": 71.1,
     "adamerging_pp_task": 73.8,
     "adamerging": 80.2,
-    "adamerging_fast": None,
     "adamerging_pp": 81.1,
     "surgery_avg": 80.0,
     "surgery_ta": 80.9,
     "surgery_adamerging": 86.1,
-    "surgery_v2": None,
-    "tinting": None,
-    "tinting_pp": None,
-    "tinting_pp_fast": None,
-    "symerge": None,
-    "best": None,
 }
-STATIC = ("weight_averaging", "task_arithmetic", "ties")  # nothing random in them: one seed says all
+FIRST = ("weight_averaging", "task_arithmetic", "ties", "adamerging_task", "adamerging_pp_task", "adamerging")
 STAGED = ("surgery_adamerging",)  # its first stage is longer than a single pass
 REFERENCES = {"pretrained": ("pre-trained", 48.0), "individual": ("individual experts", 90.5)}
 
@@ -61,6 +58,18 @@ PROTOCOLS: dict[str, list[str]] = {
     "corrupted": ["--data.corruption", "Corruption", "--data.corruption.kind", "impulse_noise"]
     + ["--data.corruption.severity", "2"],
 }
+
+
+def methods() -> list[str]:
+    """What ships, in the order of the tables."""
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    return [*FIRST, *(name for name in names if name not in FIRST)]
+
+
+def has_seeds(method: str) -> bool:
+    """Whether anything random is in it: steps, or the images of a start. Else one seed says all."""
+    settings = yaml.safe_load((CONFIGS / f"{method}.yaml").read_text())
+    return settings["trainer"]["max_steps"] > 0 or "start" in settings["model"]
 
 
 def folder_of(protocol: str, method: str, seed: int) -> Path:
@@ -103,12 +112,12 @@ def row(protocol: str, method: str) -> str | None:
         return None
     averages = [100 * result["average"]["adapted"] for result in results]
     worst = min(
-        100 * (result["tasks"][task]["adapted"] - result["tasks"][task]["initial"])
+        100 * (row["adapted"] - row.get("anchor", row["initial"]))
         for result in results
-        for task in result["tasks"]
+        for row in result["tasks"].values()
     )
     seconds = statistics.median(result["seconds"]["adapt"] for result in results)
-    steps, published = results[0]["steps"], PUBLISHED[method]
+    steps, published = results[0]["steps"], PUBLISHED.get(method)
     stopped = sum(bool(result["guard"].get("stopped")) for result in results)
     cells = [
         f"[`{method}`](../configs/embedded/{method}.yaml)" + (f" ({stopped} stopped by the guard)" if stopped else ""),
@@ -151,7 +160,7 @@ def table(protocol: str) -> str:
     """The Markdown table of a protocol's finished runs."""
     known = load(protocol, "task_arithmetic")
     if not known:
-        return "No runs yet."
+        return between(protocol).strip()
     head = ["method", "mean accuracy, %", "gap closed", "worst task vs its merge", "ECE", "seeds", "steps"]
     head += ["learned numbers", "seconds"] + (["published, ViT-B/32"] if protocol == "transductive" else [])
     if protocol == "unseen":
@@ -166,33 +175,49 @@ def table(protocol: str) -> str:
         if protocol == "unseen":
             cells[2] = f"{100 * known[0]['unseen']['average'][view]:.1f}"
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines + [line for method in PUBLISHED if (line := row(protocol, method))])
+    rows = [row(protocol, method) or kept(protocol, method) for method in methods()]
+    return "\n".join(lines + [line for line in rows if line])
+
+
+def kept(name: str, method: str) -> str | None:
+    """The line that the page has of a method whose runs are not here."""
+    lines = between(name).splitlines()
+    return next((line for line in lines if re.match(rf"\| \[?`{re.escape(method)}`", line)), None)
+
+
+def between(name: str) -> str:
+    """What lies between the page's marks of this name."""
+    start, end = marks(name)
+    return PAGE.read_text().partition(start)[2].partition(end)[0]
+
+
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: python scripts/reproduce.py -->", f"<!-- end of {name} -->"
 
 
 def overview() -> str:
-    """Mean accuracy of each method under each protocol."""
-    shown = [protocol for protocol in PROTOCOLS if load(protocol, "task_arithmetic")]
-    lines = ["| method | " + " | ".join(shown) + " |", "|" + "---|" * (len(shown) + 1)]
-    for view, (name, _) in REFERENCES.items():
-        values = [100 * load(protocol, "task_arithmetic")[0]["average"][view] for protocol in shown]
-        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
-    for method in PUBLISHED:
-        found = [[100 * one["average"]["adapted"] for one in load(protocol, method)] for protocol in shown]
-        if any(found):
-            lines.append(f"| `{method}` | " + " | ".join(spread(values) if values else "–" for values in found) + " |")
+    """Mean accuracy of each method under each protocol; cells whose runs are not here stay as the page has them."""
+    lines = ["| method | " + " | ".join(PROTOCOLS) + " |", "|" + "---|" * (len(PROTOCOLS) + 1)]
+    lines += [line for line in between("overview").splitlines() if re.match(r"\| (pre-trained|individual)", line)]
+    for method in methods():
+        before = (kept("overview", method) or "").strip("| ").split(" | ")[1:] or ["–"] * len(PROTOCOLS)
+        values = [[100 * one["average"]["adapted"] for one in load(protocol, method)] for protocol in PROTOCOLS]
+        cells = [spread(found) if found else old for found, old in zip(values, before)]
+        if set(cells) != {"–"}:
+            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def write(name: str, content: str) -> None:
     """Replace what lies between the page's marks of this name."""
-    page, start, end = PAGE.read_text(), f"<!-- {name}: python scripts/reproduce.py -->", f"<!-- end of {name} -->"
+    page, (start, end) = PAGE.read_text(), marks(name)
     before, rest = page.split(start)
     PAGE.write_text(f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="*", choices=PUBLISHED, default=list(PUBLISHED))
+    parser.add_argument("--methods", nargs="*", choices=methods(), default=methods())
     parser.add_argument("--protocol", nargs="*", choices=PROTOCOLS, default=["transductive"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -204,7 +229,7 @@ def main() -> None:
         for seed in options.seeds
         for protocol in options.protocol
         for method in wanted
-        if (method not in STATIC or seed == options.seeds[0]) and not (protocol == "online" and method in STAGED)
+        if (has_seeds(method) or seed == options.seeds[0]) and not (protocol == "online" and method in STAGED)
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: run(*job), [] if options.tables else jobs))

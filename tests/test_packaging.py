@@ -47,7 +47,7 @@ def test_what_is_imported_is_declared():
     assert {"torch", "numpy", "PIL"} <= imported().keys()  # the search sees something
     for name, files in imported().items():
         owners = {normalised(owner) for owner in distributions.get(name, [name])}
-        known = declared("report", "export", "clip", "dev") if name in OPTIONAL else declared()
+        known = declared("report", "export", "clip", "test") if name in OPTIONAL else declared()
         assert owners & known, f"{name}, imported by {sorted(files)[:3]}, is not declared in pyproject.toml"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
 
@@ -37,13 +38,23 @@ class FeatureSurgery(Adapter):
             raise InputError(f"a surgery rank must be at least 1, got {rank}")
         self.rank = rank
 
-    def create(self, backbone: MergedBackbone, heads: Mapping[str, Tensor]) -> None:
-        width = next(iter(heads.values())).shape[1]
+    def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
+        width = next(iter(heads.values())).width
         self.down, self.up = _pairs(len(self.tasks), self.rank, width)
 
     def features(self, task: str, features: Tensor) -> Tensor:
         row = self.row(task)
         return surgery(features, self.down[row], self.up[row])
+
+    def fold(self, task: str, weights: Mapping[str, Tensor], head: Head) -> tuple[Mapping[str, Tensor], Head]:
+        """Only where every U is 0: then surgery is the identity."""
+        if any(bool(up.any()) for up in self._ups(self.row(task))):
+            name = f"{type(self).__name__} of rank {self.rank}"
+            raise InputError(f"{name} has a ReLU between its two matrices, which no layer of the tower has")
+        return weights, head
+
+    def _ups(self, row: int) -> list[Tensor]:
+        return [self.up[row]]
 
 
 class BlockSurgery(FeatureSurgery):
@@ -55,9 +66,7 @@ class BlockSurgery(FeatureSurgery):
         rank: r of every adapter.
     """
 
-    changes_tower = True
-
-    def create(self, backbone: MergedBackbone, heads: Mapping[str, Tensor]) -> None:
+    def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
         super().create(backbone, heads)
         self.depth = len(backbone.blocks)
         if not self.depth:
@@ -68,6 +77,10 @@ class BlockSurgery(FeatureSurgery):
     def block(self, task: str, index: int, tokens: Tensor) -> Tensor:
         row = self.row(task) * self.depth + index
         return surgery(tokens, self.block_down[row], self.block_up[row])
+
+    def _ups(self, row: int) -> list[Tensor]:
+        blocks = range(row * self.depth, (row + 1) * self.depth)
+        return [self.up[row], *(self.block_up[place] for place in blocks)]
 
 
 def _pairs(count: int, rank: int, width: int) -> tuple[nn.ParameterList, nn.ParameterList]:

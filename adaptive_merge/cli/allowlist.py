@@ -9,7 +9,7 @@ from jsonargparse import set_parsing_settings
 
 from adaptive_merge.errors import InputError
 
-__all__ = ["ALLOWED", "VARIABLE", "explain", "open_packages", "restrict_imports"]
+__all__ = ["ALLOWED", "OPTION", "VARIABLE", "open_packages", "restrict_imports"]
 
 VARIABLE = "ADAPTIVE_MERGE_ALLOW"
 ALLOWED = (
@@ -26,7 +26,7 @@ ALLOWED = (
     "lightning_fabric.plugins",
     "lightning_fabric.strategies",
 )
-_OPTION = "--allow-import"
+OPTION = "--allow-import"
 _ever_opened: set[str] = set()
 _open: list[str] = []
 
@@ -47,13 +47,13 @@ def restrict_imports(arguments: Sequence[str]) -> list[str]:
     opened += [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     for name in opened:
         if not all(part.isidentifier() for part in name.split(".")):
-            raise InputError(f"{_OPTION} {name!r}: give the name of a package, such as my_methods")
+            raise InputError(f"{OPTION} {name!r}: give the name of a package, such as my_methods")
     # The settings are the process's: what an earlier call has opened does not stay open.
     closed = sorted(_ever_opened - set(opened) - set(ALLOWED))
     try:
         set_parsing_settings(import_path_denylist=["*", *closed], import_path_allowlist=[*ALLOWED, *opened])
     except ValueError as error:
-        raise InputError(f"{_OPTION}: {error}") from error
+        raise InputError(f"{OPTION}: {error}") from error
     _ever_opened.update(opened)
     _open[:] = opened
     return rest
@@ -64,22 +64,14 @@ def open_packages() -> list[str]:
     return list(_open)
 
 
-def explain(error: Exception) -> str:
-    """What to tell the user about an error of the parser."""
-    if "denied by the" not in str(error):
-        return str(error)
-    told = str(error).replace("Add the import path to import_path_allowlist in set_parsing_settings to allow it.", "")
-    return f"{told.strip()} A configuration can run what it names: if you trust it, add {_OPTION} PACKAGE"
-
-
 def _take(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     rest: list[str] = []
     opened: list[str] = []
     left = iter(arguments)
     for argument in left:
-        if argument == _OPTION:
+        if argument == OPTION:
             opened.append(next(left, ""))
-        elif argument.startswith(f"{_OPTION}="):
+        elif argument.startswith(f"{OPTION}="):
             opened.append(argument.partition("=")[2])
         else:
             rest.append(argument)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -11,8 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-
+from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import InputError
 from adaptive_merge.runs.checkpoint_io import StorageError, check_writable, nearest
 
@@ -25,18 +23,17 @@ _INTERACTIVE = ("bash", "interactive")
 
 def doctor(arguments: list[str]) -> None:
     """Print versions, devices, launcher, disks and wandb's mode; exit code 2 where a run could not start."""
-    parser = argparse.ArgumentParser("adaptive-merge doctor", description=doctor.__doc__)
+    parser = Parser("adaptive-merge doctor", description=doctor.__doc__)
     parser.add_argument("--root", default="runs", help="folder of all runs (default: runs)")
     options = parser.parse_args(arguments)
     found, trouble = disk(Path(options.root))
     found = {"versions": _versions(), "devices": _devices(), "launcher": launcher(os.environ), **found}
     found["wandb"] = _wandb(os.environ)
     warnings = traps(os.environ)
-    console = Console()
     for what, told in found.items():
-        console.print(f"{what:<12} {told}", markup=False, highlight=False, soft_wrap=True)
+        write(f"{what:<12} {told}")
     for warning in warnings:
-        console.print(f"{'warning':<12} {warning}", markup=False, highlight=False, soft_wrap=True)
+        write(f"{'warning':<12} {warning}")
     if trouble:
         raise InputError("; ".join(trouble))
 

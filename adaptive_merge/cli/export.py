@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
-
-from adaptive_merge.cli.fit import load_run
+from adaptive_merge.cli.loading import SOURCES, load_run
+from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.export.formats import FORMATS
 from adaptive_merge.export.model import export_model
 from adaptive_merge.export.verify import IMAGES
 
-__all__ = ["export_command"]
+__all__ = ["export"]
 
 
-def export_command(arguments: list[str]) -> None:
+def export(arguments: list[str]) -> None:
     """Write the adapted model of a run as a folder for open_clip, Hugging Face, ONNX Runtime or plain safetensors."""
-    parser = argparse.ArgumentParser("adaptive-merge export", description=export_command.__doc__)
-    parser.add_argument("run", help="a run folder, or a YAML configuration (the merge that it starts from)")
+    parser = Parser("adaptive-merge export", description=export.__doc__)
+    parser.add_argument("run", nargs="+", help=SOURCES)
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="what to write")
     parser.add_argument("--output", required=True, help="folder to write; it must not exist yet")
     parser.add_argument(
@@ -28,17 +26,17 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--text", help="open_clip only: a full CLIP whose text tower the folder is to have")
     parser.add_argument("--verify", action="store_true", help=f"load it again and compare on {IMAGES} images")
     options = parser.parse_args(arguments)
-    results = Path(options.run) / "results.json"
-    found = json.loads(results.read_text()) if results.is_file() else None
+    results = Path(options.run[0]) / "results.json"
+    sources = " ".join(Path(run).name for run in options.run)
     shown = [f"--format {options.format}"] + [f"--task {options.task}"] * bool(options.task)
-    told = export_model(
-        load_run(options.run),
+    message = export_model(
+        load_run(*options.run),
         options.output,
         options.format,
         task=options.task,
         text=options.text,
         check=options.verify,
-        results=found,
-        command=f"adaptive-merge export {Path(options.run).name} {' '.join(shown)} --output FOLDER",
+        results=json.loads(results.read_text()) if results.is_file() else None,
+        command=f"adaptive-merge export {sources} {' '.join(shown)} --output FOLDER",
     )
-    Console().print(told, markup=False, highlight=False, soft_wrap=True)
+    write(message)

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI for `fit` and `validate`, small commands for what needs no trainer."""
+"""`adaptive-merge fit` and `validate`: LightningCLI over a suite, a module made of parts and a run folder."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
-import yaml
 from jsonargparse import Namespace, class_from_function
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from adaptive_merge import __version__
+from adaptive_merge import upstream
 from adaptive_merge.callbacks import Guard, Ledger, protect, watchers
 from adaptive_merge.callbacks.guard.guard import Select, check_oracle
 from adaptive_merge.callbacks.safe.ranks import RunStopped
 from adaptive_merge.callbacks.safe.safeguards import safeguards
-from adaptive_merge.cli.allowlist import explain, restrict_imports
-from adaptive_merge.cli.commands import COMMANDS
+from adaptive_merge.cli.configs import layered
+from adaptive_merge.cli.hints import explain
 from adaptive_merge.coefficients.files import save_coefficients
 from adaptive_merge.data import TaskStream
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.errors import InputError
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
-from adaptive_merge.runs.folder import SaveConfig, publish, refuse_run, remove_run
+from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run
 from adaptive_merge.runs.log import RunLog
 from adaptive_merge.runs.results import evaluate, summary
 from adaptive_merge.suites import Suite, load_suite
 
-__all__ = ["AdaptiveMergeCLI", "load_run", "run"]
+__all__ = ["AdaptiveMergeCLI", "fit", "run", "validate"]
 
 STARTED = time.perf_counter()
 TRAINER_DEFAULTS = {
@@ -48,29 +47,29 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
 }
 CHECKPOINT_EVERY = 50
-DESCRIPTION = (
-    "Adapt a merge of experts on unlabelled test batches. Beside the subcommands below there are "
-    f"{', '.join(COMMANDS)}: each answers to --help."
-)
 
 
 def run(arguments: list[str]) -> None:
-    """Run one command; raises AdaptiveMergeError for what the user has to mend."""
-    _quiet()
-    arguments = restrict_imports(arguments)
-    if arguments and arguments[0] in COMMANDS:
-        COMMANDS[arguments[0]](arguments[1:])
-        return
-    try:
-        AdaptiveMergeCLI(args=arguments)
-    except jsonargparse.ArgumentError as error:
-        raise InputError(explain(error)) from error
+    """Run `fit` or `validate`, named in the arguments; raises AdaptiveMergeError for what the user has to mend."""
+    AdaptiveMergeCLI(args=arguments)
+
+
+def fit(arguments: list[str]) -> None:
+    """Adapt and score a merge; leave a run folder."""
+    run(["fit", *arguments])
+
+
+def validate(arguments: list[str]) -> None:
+    """Score a view of a merge; nothing is written."""
+    run(["validate", *arguments])
 
 
 class AdaptiveMergeCLI(LightningCLI):
     """A suite, a module made of parts, a stream over the suite's images, and a run folder."""
 
-    def __init__(self, args: list[str] | dict[str, Any], run: bool = True) -> None:
+    def __init__(self, args: list[str], run: bool = True) -> None:
+        _quiet()
+        self._run, self._parsers = run, []
         super().__init__(
             AdaptiveMerge,
             TaskStream,
@@ -79,10 +78,30 @@ class AdaptiveMergeCLI(LightningCLI):
             trainer_defaults=dict(TRAINER_DEFAULTS),
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "description": DESCRIPTION, "version": __version__},
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "description": "Adapt a merge of experts on unlabelled test batches.",
+            },
             args=args,
             run=run,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that takes no abbreviations, kept to know the options."""
+        self._parsers.append(super().init_parser(**{"allow_abbrev": False} | kwargs))
+        return self._parsers[-1]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse; names of recipes become files, and a mistake is explained by the nearest name."""
+        try:
+            super().parse_arguments(parser, layered(args))
+        except jsonargparse.ArgumentError as error:
+            options = {option for one in self._parsers for option in upstream.options_of(one)}
+            raise InputError(explain(error, options)) from error
+        settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        if settings.run.name:
+            settings.run.name = settings.run.name.replace("{recipe}", settings.model.recipe)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -91,7 +110,9 @@ class AdaptiveMergeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The suite and the run folder; the suite's parts reach module and stream as objects."""
-        parser.add_class_arguments(class_from_function(load_suite, Suite), "suite")
+        # Whether images are looked for is not the user's to say, see `load_run`.
+        skip = {"lazy"} if self._run else set()
+        parser.add_class_arguments(class_from_function(load_suite, Suite), "suite", skip=skip)
         for part in ("task_vectors", "backbone", "heads"):
             parser.link_arguments(
                 "suite",
@@ -105,7 +126,12 @@ class AdaptiveMergeCLI(LightningCLI):
             "data", "model.unseen", compute_fn=lambda stream: list(stream.protocol.unseen), apply_on="instantiate"
         )
         parser.add_argument("--run.root", type=str, default="runs", help="folder of all runs")
-        parser.add_argument("--run.name", type=str | None, default=None, help="folder of this run; default: the recipe")
+        parser.add_argument(
+            "--run.name",
+            type=str | None,
+            default=None,
+            help="folder of this run; `{recipe}` in it stands for the recipe, which is the default",
+        )
         parser.add_argument(
             "--run.if_exists",
             type=Literal["refuse", "resume", "overwrite"],
@@ -199,11 +225,13 @@ class AdaptiveMergeCLI(LightningCLI):
         if any(isinstance(one, Guard) and one.select == "oracle" for one in self.trainer.callbacks):
             check_oracle(self.trainer, self.datamodule, endless=True)
         if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
-            remove_run(self.folder)  # only now that nothing more can be wrong with the new one
+            resumes = self.settings.run.if_exists == "resume"
+            remove_run(self.folder, START_FILES if resumes else ())  # only now that nothing more can be wrong
+        self.model.start_folder = self.folder
         self.loaded = time.perf_counter()
 
     def after_fit(self) -> None:
-        """Keep what was learned, score the four views, write `results.json`, print the table."""
+        """Keep what was learned, score the views, write `results.json`, print the table."""
         adapted = time.perf_counter()
         if table := self.model.coefficients.table():
             save_coefficients(self.folder / "coefficients.json", table)
@@ -243,29 +271,6 @@ class AdaptiveMergeCLI(LightningCLI):
         """Print the accuracies of the view that was validated."""
         scores = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
         Console().print(scores)
-
-
-def load_run(source: str) -> AdaptiveMerge:
-    """The module of a run folder with its learned values, or of a configuration file as it starts.
-
-    Args:
-        source: a run folder (its `config.yaml` and `checkpoints/last.ckpt` are read) or a YAML file.
-    """
-    path = Path(source)
-    config = path / "config.yaml" if path.is_dir() else path
-    if not config.is_file():
-        raise MissingFileError(f"{config}: there is no such file; give a run folder or a configuration")
-    try:
-        content = yaml.safe_load(config.read_text())
-        parts = {key: content[key] for key in ("seed_everything", "suite", "model", "data") if key in content}
-        module = AdaptiveMergeCLI(args=parts, run=False).model
-    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError) as error:
-        raise InputError(f"{config}: not a configuration of this program ({error})") from error
-    if path.is_dir():
-        checkpoint = read_checkpoint(path / "checkpoints" / "last.ckpt")
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
-    return module
 
 
 def _lies_in(path: str | None, folder: Path) -> bool:

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import jsonargparse
 import yaml
 
-from adaptive_merge.cli.allowlist import explain
 from adaptive_merge.cli.fit import AdaptiveMergeCLI
 from adaptive_merge.errors import InputError
 from adaptive_merge.privacy import scrub
@@ -130,10 +128,7 @@ def plan(grid: Grid, rest: Sequence[str]) -> tuple[Path, list[Trial]]:
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
-    try:
-        settings = _Settings(args=["fit", *arguments]).settings
-    except jsonargparse.ArgumentError as error:
-        raise InputError(explain(error)) from error
+    settings = _Settings(args=["fit", *arguments]).settings
     return json.loads(json.dumps(scrub(settings.as_dict()), default=str))
 
 

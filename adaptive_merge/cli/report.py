@@ -6,16 +6,15 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from rich.console import Console
-
+from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.report.html import write_report
 
-__all__ = ["report_command"]
+__all__ = ["report"]
 
 
-def report_command(arguments: list[str]) -> None:
+def report(arguments: list[str]) -> None:
     """Write one HTML file about a run, or about several side by side."""
-    parser = argparse.ArgumentParser("adaptive-merge report", description=report_command.__doc__)
+    parser = Parser("adaptive-merge report", description=report.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument(
         "--output", help="file to write (default: report.html in the run folder; with several runs, here)"
@@ -29,4 +28,4 @@ def report_command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
     written = write_report(options.runs, options.output or folder / "report.html", options.tsne)
-    Console().print(f"wrote {written}", markup=False, highlight=False, soft_wrap=True)
+    write(f"wrote {written}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -20,6 +19,7 @@ from adaptive_merge.callbacks.safe.preemption import EXIT_REQUEUE, EXIT_TERMINAT
 from adaptive_merge.callbacks.safe.ranks import RunStopped
 from adaptive_merge.cli.allowlist import VARIABLE, open_packages
 from adaptive_merge.cli.grid import Grid, Trial, arguments_of, parse_grid, plan
+from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.engine.scoring import CRITERIA
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_json
@@ -27,18 +27,18 @@ from adaptive_merge.privacy import scrub
 from adaptive_merge.runs.ranking import BY, Candidate, check_by, conclusion, marked, rank, table
 from adaptive_merge.runs.reading import read_run
 
-__all__ = ["tune_command"]
+__all__ = ["tune"]
 
 SCHEMA: Final = 1
 
 
-def tune_command(arguments: list[str]) -> None:
+def tune(arguments: list[str]) -> None:
     """Run `fit` for each combination of values and rank the runs without labels; what is not named here goes to `fit`.
 
     A grid can be started again: finished runs are kept, an interrupted one goes on, and a folder that holds a run of
     other settings is refused (unless --run.if_exists overwrite, which runs all anew).
     """
-    parser = argparse.ArgumentParser("adaptive-merge tune", description=tune_command.__doc__, allow_abbrev=False)
+    parser = Parser("adaptive-merge tune", description=tune.__doc__)
     parser.add_argument(
         "--vary",
         action="append",
@@ -57,13 +57,12 @@ def tune_command(arguments: list[str]) -> None:
     candidates = [_candidate(trial, f"{number}/{len(trials)}") for number, trial in enumerate(trials, 1)]
     ranked = rank(candidates, options.by)
     save_json(folder / "tune.json", scrub(_record(ranked, options.by, grid, folder)))
-    console = Console()
-    console.print(table(ranked, options.by))
-    _say(conclusion(ranked, options.by))
+    Console().print(table(ranked, options.by))
+    write(conclusion(ranked, options.by))
     best = next(trial for trial in trials if trial.folder == ranked[0].folder)
     again = [*rest, *arguments_of(best.values), f"--run.name={folder.name}-best"]
-    _say(f"its merge as a file: adaptive-merge merge {shlex.quote(str(best.folder))}")
-    _say(f"to run with its values: adaptive-merge fit {shlex.join(again)}")
+    write(f"its merge as a file: adaptive-merge merge {shlex.quote(str(best.folder))}")
+    write(f"to run with its values: adaptive-merge fit {shlex.join(again)}")
 
 
 def _candidate(trial: Trial, place: str) -> Candidate:
@@ -71,16 +70,16 @@ def _candidate(trial: Trial, place: str) -> Candidate:
     log = trial.folder / "fit.log"
     problem = ""
     if trial.pending:
-        _say(f"{place} {trial.name}: running, see {log}")
+        write(f"{place} {trial.name}: running, see {log}")
         began = time.perf_counter()
         code = _fit(trial.arguments, log)
         if code in (EXIT_REQUEUE, EXIT_TERMINATED):
             raise SystemExit(code)  # told to stop: the run has saved its state, and the same command goes on from it
         if code not in (0, RunStopped.exit_code) or not (trial.folder / "results.json").is_file():
             problem = f"failed with exit code {code}: {_last_words(log)}"
-        _say(f"{place} {trial.name}: {problem or f'done in {time.perf_counter() - began:.0f} s'}")
+        write(f"{place} {trial.name}: {problem or f'done in {time.perf_counter() - began:.0f} s'}")
     else:
-        _say(f"{place} {trial.name}: finished before")
+        write(f"{place} {trial.name}: finished before")
     run = None if problem else read_run(trial.folder)
     return Candidate(trial.name, trial.folder, trial.values, run, problem)
 
@@ -172,7 +171,3 @@ def _check_alone() -> None:
                 f"tune is one process that starts a fit after the other, but {variable}={os.environ[variable]}: start "
                 "it without torchrun and with one SLURM task; --trainer.devices N gives each fit N processes"
             )
-
-
-def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)

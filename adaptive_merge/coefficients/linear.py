@@ -139,6 +139,16 @@ class Coefficients(Rule):
     def project(self, part: BankPart, gradients: Sequence[Tensor | None], state: State, out: State) -> None:
         out[0].add_(project(part.bank, gradients, part.of(self.group_of), len(self.groups)))
 
+    @torch.no_grad()
+    def rebase(self, task_vectors: TaskVectors) -> None:
+        """All coefficients at 0, where the merge is the start itself; from there they move both ways."""
+        if self.trainable and self.bounds != "free":
+            raise InputError(
+                f"coefficients that go on from a start begin at 0 and move both ways; bounds {self.bounds!r} would "
+                "hold them in [0, 1], set `bounds: free`"
+            )
+        self.values.zero_()
+
     def display(self) -> Tensor:
         return self()
 

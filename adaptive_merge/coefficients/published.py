@@ -32,7 +32,6 @@ _BLOCK_ROWS: Final = 12
 _FIXED_ROWS: Final = 8  # the tower's rows outside the blocks
 _HF_FIXED: Final = 7
 _HF_BLOCK: Final = 16
-_HF_ATTENTION: Final = ("k", "v", "q")  # the order in which CLIPAttention declares them
 _KINDS: Final = ("weight", "bias")
 _HEAD: Final = "classifier_"
 _LAMBDAS: Final = "lambdas_raw"
@@ -155,7 +154,7 @@ def _from_tensor(table: Tensor, tasks: Sequence[str], path: Path) -> Coefficient
     rows = table.double()
     owners = _owners(len(rows), tasks, path)
     # Hugging Face has q, k, v apart and three coefficients where open_clip has one.
-    attention = rows[:, 5:-2].view(len(rows), layers, _HF_BLOCK // 2, 2)[:, :, : len(_HF_ATTENTION)]
+    attention = rows[:, 5:-2].view(len(rows), layers, _HF_BLOCK // 2, 2)[:, :, :3]
     spread = float((attention.amax(2) - attention.amin(2)).max())
     if spread:
         _log.warning(
@@ -173,9 +172,8 @@ def _from_huggingface_row(row: list[float], layers: int) -> dict[str, float]:
     named |= {f"ln_pre.{kind}": next(values) for kind in _KINDS}
     for index in range(layers):
         block = f"transformer.resblocks.{index}."
-        split = {(part, kind): next(values) for part in _HF_ATTENTION for kind in _KINDS}
-        for kind in _KINDS:
-            three = [split[part, kind] for part in "qkv"]
+        attention = [next(values) for _ in range(6)]  # weight and bias of each of k, v, q
+        for kind, three in zip(_KINDS, (attention[::2], attention[1::2])):
             named[f"{block}attn.in_proj_{kind}"] = three[0] if len(set(three)) == 1 else sum(three) / 3
         for part in ("attn.out_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2"):
             named |= {f"{block}{part}.{kind}": next(values) for kind in _KINDS}

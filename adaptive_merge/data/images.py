@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError
 
-__all__ = ["Images"]
+__all__ = ["Images", "LazyImages"]
 
 
 class Images:
@@ -52,3 +53,25 @@ class Images:
         digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
         digest.update(memoryview(self.pixels.contiguous().numpy()))
         return digest.hexdigest()
+
+
+class LazyImages(Mapping[str, Images]):
+    """Task → images, which are read when they are first asked for, and then kept.
+
+    Args:
+        readers: task → what reads its images.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[], Images]]) -> None:
+        self._readers, self._read = dict(readers), {}
+
+    def __getitem__(self, task: str) -> Images:
+        if task not in self._read:
+            self._read[task] = self._readers[task]()
+        return self._read[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)

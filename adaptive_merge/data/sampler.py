@@ -96,6 +96,10 @@ class Draws:
         seen = min(turns * self.batch, len(self.pools[task]))
         return self.order(task)[max(0, seen - count) : seen]
 
+    def opening(self, task: str, count: int) -> Tensor:
+        """int64: the first images of a task, at most `count`, in the order of a single pass."""
+        return self.order(task)[:count]
+
     def order(self, task: str) -> Tensor:
         """All images of a task in the order of a single pass."""
         pool = self.pools[task]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from typing import Any, Final, Literal
 
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from adaptive_merge.data.corruptions import CorruptedImages, Corruption
-from adaptive_merge.data.images import Images
+from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.protocols import Protocol, Transductive
 from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler
 from adaptive_merge.errors import InputError
@@ -19,6 +19,7 @@ from adaptive_merge.errors import InputError
 __all__ = ["Share", "TaskStream"]
 
 Share = Literal["samples", "tasks"]
+START_BATCH: Final = 32  # images that a start walks through the tower at a time
 
 
 class TaskStream(pl.LightningDataModule):
@@ -39,6 +40,8 @@ class TaskStream(pl.LightningDataModule):
         corruption: what happens to all images, those adapted on and those scored; default: nothing.
         share: what a process takes of a step: its part of every task's batch (`"samples"`), or the whole batches
             of every W-th task (`"tasks"`), whose expert and adapters no other process then runs in a step.
+        start_images: images of each task that a start is solved from, over all processes; of those that the protocol
+            adapts on. In a single pass the first ones, which the merge before the start predicts.
         eval_batch_size: images per evaluation batch and process.
         seed: of the stream; every draw is a function of it, the task and the step.
         num_workers: loader processes; batches of images in memory gain nothing from them.
@@ -46,22 +49,23 @@ class TaskStream(pl.LightningDataModule):
 
     def __init__(
         self,
-        images: Mapping[str, Images],
+        images: LazyImages | Mapping[str, Images],  # named for the parser, which would read every value of a mapping
         images_per_task: int = 16,
         sampling: Sampling = "fresh",
         schedule: Schedule = "joint",
         protocol: Protocol | None = None,
         corruption: Corruption | None = None,
         share: Share = "samples",
+        start_images: int = 256,
         eval_batch_size: int = 256,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if images_per_task < 1 or eval_batch_size < 1:
+        if min(images_per_task, start_images, eval_batch_size) < 1:
             raise InputError(
-                f"batches need at least one image, got images_per_task={images_per_task} and "
-                f"eval_batch_size={eval_batch_size}"
+                f"batches need at least one image, got images_per_task={images_per_task}, "
+                f"start_images={start_images} and eval_batch_size={eval_batch_size}"
             )
         for name, value, known in (
             ("sampling", sampling, ("fresh", "epoch")),
@@ -74,12 +78,11 @@ class TaskStream(pl.LightningDataModule):
             raise InputError("a shuffled schedule has one task a step, which one process would own; share 'samples'")
         if share == "tasks" and protocol and protocol.one_pass:
             raise InputError("in a single pass tasks end before others, and their owner with them; share 'samples'")
-        self.images = {
-            task: CorruptedImages(source, corruption) if corruption else source for task, source in images.items()
-        }
+        self.images = LazyImages({task: partial(_read, images, task, corruption) for task in images})
         self.images_per_task, self.sampling, self.schedule = images_per_task, sampling, schedule
         self.protocol, self.corruption, self.share = protocol or Transductive(), corruption, share
-        self.eval_batch_size, self.seed, self.num_workers = eval_batch_size, seed, num_workers
+        self.start_images, self.eval_batch_size = start_images, eval_batch_size
+        self.seed, self.num_workers = seed, num_workers
         self.protocol.check(self.images)
 
     @cached_property
@@ -98,6 +101,17 @@ class TaskStream(pl.LightningDataModule):
     def watched(self, task: str, count: int, step: int) -> Tensor:
         """The images of a task that a guard may look at after `step` optimiser steps, see `Draws.watched`."""
         return self.draws.watched(task, count, step * self._micro_steps())
+
+    def opening(self, task: str) -> Tensor:
+        """The images of a task that a start is solved from, int64."""
+        return self.draws.opening(task, self.start_images)
+
+    def start_batches(self, task: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images of a start: their numbers and uint8 [B, 3, H, W]; no label is read."""
+        rank, world = self._ranks()
+        for index in self.opening(task)[rank::world].split(START_BATCH):
+            if len(index):
+                yield index, self.images[task].take(index)
 
     def setup(self, stage: str) -> None:
         """Where every image comes once, the run is as long as the pass."""
@@ -128,6 +142,10 @@ class TaskStream(pl.LightningDataModule):
 
     def _steps_taken(self) -> int:
         return self.trainer.global_step * self._micro_steps() if self.trainer else 0
+
+
+def _read(images: Mapping[str, Images], task: str, corruption: Corruption | None) -> Images:
+    return CorruptedImages(images[task], corruption) if corruption else images[task]
 
 
 class _Steps(Dataset):

@@ -22,14 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.old_files import upgraded
 from adaptive_merge.errors import InputError
 from adaptive_merge.privacy import scrub
+from adaptive_merge.transforms.base import Transform
 
 __all__ = [
     *("Identity", "check", "describe", "difference", "digest", "kind"),
-    *("of_data", "of_heads", "of_method", "of_model", "of_part", "of_parts", "settings"),
+    *("of_data", "of_heads", "of_method", "of_model", "of_part", "of_parts", "recorded", "settings"),
 ]
 
 Identity = dict[str, Any]
@@ -37,6 +39,7 @@ Identity = dict[str, Any]
 
 _KEY: Final = "adaptive_merge"
 _VECTORS: Final = "task vectors"
+_EXPERTS: Final = "experts"
 _DEPTH: Final = 3  # of settings in settings; an object may hold itself
 _SHOWN: Final = 120  # characters of a value in a message
 # What torch and binding to a bank add to a part's own attributes.
@@ -63,13 +66,13 @@ def of_parts(module: Any, transforms: Sequence[Any]) -> Identity:
     return parts | _numbered("adapter", module.model.adapters) | of_heads(module.model.heads)
 
 
-def of_heads(heads: Mapping[str, Tensor | nn.Module]) -> Identity:
-    """Frozen heads, by the digest of their values; a head that is a module by its kind and settings as well."""
+def of_heads(heads: Mapping[str, Head]) -> Identity:
+    """Frozen heads, by the digest of their values; all but a plain cosine weight by kind and settings as well."""
     entries: Identity = {}
     for task, head in heads.items():
-        name = f"head of task {task!r}"
-        if isinstance(head, Tensor):
-            entries[name] = digest(head)
+        name, bare = f"head of task {task!r}", head.bare()
+        if isinstance(bare, Tensor):
+            entries[name] = digest(bare)
         else:
             entries |= of_part(name, head) | {f"{name}: {key}": digest(v) for key, v in head.state_dict().items()}
     return entries
@@ -89,8 +92,19 @@ def of_method(module: Any, parts: Identity) -> Identity:
         "learning rate of the adapters": float(module.adapter_lr),
         "betas": [float(beta) for beta in module.betas],
         "weight decay": float(module.weight_decay),
-        _VECTORS: module.model.backbone.task_vectors.fingerprint,
+        _EXPERTS: hashlib.sha256(repr(module.merged_fingerprints).encode()).hexdigest(),
+        _VECTORS: module.vectors_fingerprint,
     }
+
+
+def recorded(method: Identity, transforms: Sequence[Any]) -> Identity:
+    """Of a method, what a file keeps.
+
+    The bits of what a transform makes differ between machines and numbers of threads, where it decomposes matrices;
+    its settings and the experts say as much. Of a function nothing else is known.
+    """
+    exact = all(isinstance(transform, Transform) for transform in transforms) and bool(transforms)
+    return {name: value for name, value in method.items() if name != _VECTORS or not exact}
 
 
 def of_model(method: Identity) -> Identity:
@@ -190,6 +204,8 @@ def difference(recorded: Mapping[Any, Any], current: Identity) -> tuple[str, str
     """The first name that two identities differ in, and both values as a message shows them; None if they agree."""
     # A transform changes the task vectors too, and its own settings say more.
     for name in sorted(dict.fromkeys((*current, *recorded)), key=lambda name: name == _VECTORS):
+        if name == _VECTORS and name not in recorded:
+            continue
         if _plain(recorded.get(name)) != _plain(current.get(name)):
             return str(name)[:_SHOWN], _shown(recorded, name), _shown(current, name)
     return None

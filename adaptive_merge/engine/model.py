@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.adapters.heads import HeadLike, frozen_heads
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.merge.backbone import MergedBackbone
+from adaptive_merge.merge.backbone import Edit, MergedBackbone
+from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Prediction
 
 __all__ = ["AdaptedModel"]
+
+Means = list[Tensor] | None
 
 
 class AdaptedModel(nn.Module):
     """Images of a task in, the task's prediction out.
 
-    A head is the weight [C, d] of a CLIP zero-shot classifier, logit scale included: logits are the cosine of
-    feature and class embedding times the scale. Heads are frozen and, like the bank, outside `state_dict`.
+    Heads are frozen and, like the bank, outside `state_dict`.
 
     Args:
         backbone: the merged backbone.
-        heads: task → weight [C, d].
+        heads: task → head; a tensor [C, d] is the weight of a CLIP zero-shot classifier, logit scale included.
         adapters: applied in order; bound to backbone and heads here.
         unseen: tasks that are not in the bank: merged weights and their own heads serve them, no adapter does.
     """
@@ -34,21 +38,31 @@ class AdaptedModel(nn.Module):
     def __init__(
         self,
         backbone: MergedBackbone,
-        heads: Mapping[str, Tensor],
+        heads: Mapping[str, HeadLike],
         adapters: Sequence[Adapter] = (),
         unseen: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tasks = backbone.task_vectors.tasks
-        known = (*self.tasks, *unseen)
-        _check_heads(heads, known, getattr(backbone.skeleton, "output_dim", None))
-        self.heads = {task: heads[task].detach().float() for task in known}
+        # In a plain dict they are no submodules, so that no checkpoint holds them.
+        self.heads = frozen_heads(heads, (*self.tasks, *unseen), getattr(backbone.skeleton, "output_dim", None))
         self.adapters: ListOf[Adapter] = ListOf(adapter.bind(backbone, self.heads) for adapter in adapters)
+
+    def rebase(self, task_vectors: TaskVectors) -> None:
+        """Go on from another bank at its θ₀; adapters are made anew, for a tinted layer starts at the merged one."""
+        self.backbone.rebase(task_vectors)
+        for adapter in self.adapters:
+            adapter.bind(self.backbone, self.heads)
 
     @property
     def shares_tower(self) -> bool:
         """Whether all tasks see the same tower, so that one forward can serve them together."""
+        return not any(adapter.changes_tower and adapter.needs_task for adapter in self.adapters)
+
+    @property
+    def plain_tower(self) -> bool:
+        """Whether the tower is the merged backbone and nothing else, so that a fixed merge has fixed features."""
         return not any(adapter.changes_tower for adapter in self.adapters)
 
     def forward(
@@ -73,13 +87,36 @@ class AdaptedModel(nn.Module):
         adapters = tuple(self.adapters) if adapted and task in self.tasks else ()
         means: list[Tensor] = []
         if features is None:
-            weights = self.backbone.merge() if weights is None else weights
-            for adapter in adapters:
-                weights = adapter.weights(task, weights)
-            edits = self._edits(task, adapters, means) if blocks or not (self.shares_tower or not adapted) else {}
-            features = self.backbone(images, weights, edits)
-            means = [mean[: len(features)] for mean in means]
-        return self._classify(task, features, adapters, tuple(means))
+            features = self._features(task, images, weights, adapters, means if blocks else None)
+        return self._classify(task, features, adapters, tuple(mean[: features.shape[0]] for mean in means))
+
+    def shared_features(
+        self, images: Tensor, weights: Mapping[str, Tensor] | None = None, adapted: bool = True
+    ) -> Tensor:
+        """Features [B, d] of any tasks' images in one forward, with what adapts the tower alike for all tasks.
+
+        They are the model's features where `shares_tower` is true.
+
+        Args:
+            images: [B, …].
+            weights: merged parameters; default: those of now.
+            adapted: False leaves the adapters out.
+        """
+        adapters = [adapter for adapter in self.adapters if adapted and not adapter.needs_task]
+        return self._features(None, images, weights, adapters, None)
+
+    def _features(
+        self,
+        task: str | None,
+        images: Tensor | None,
+        weights: Mapping[str, Tensor] | None,
+        adapters: Sequence[Adapter],
+        means: Means,
+    ) -> Tensor:
+        weights = self.backbone.merge() if weights is None else weights
+        for adapter in adapters:
+            weights = adapter.weights(_subject(adapter, task), weights)
+        return self.backbone(images, weights, self._edits(task, adapters, weights, means))
 
     def _classify(
         self, task: str, features: Tensor, adapters: Sequence[Adapter], means: tuple[Tensor, ...]
@@ -87,49 +124,56 @@ class AdaptedModel(nn.Module):
         if task not in self.heads:
             raise InputError(f"there is no head for task {task!r}{did_you_mean(str(task), self.heads)}")
         # In float32 whatever the tower ran in: logits are cosines times 100.
-        with torch.autocast(features.device.type, enabled=False):
+        with _no_autocast(features):
             features = features.float()
             for adapter in adapters:
                 features = adapter.features(task, features)
-            unit = F.normalize(features, dim=-1)
-            logits = unit @ self.heads[task].T
+            seen = self.heads[task].seen(features)
+            logits = self.heads[task].logits(seen)
             for adapter in adapters:
-                logits = adapter.logits(task, unit, logits)
+                logits = adapter.logits(task, seen, logits)
         return Prediction(features, logits, means)
 
-    def _edits(self, task: str, adapters: Sequence[Adapter], means: list[Tensor]) -> dict[str, Any]:
-        """Block name → what happens to its output: the adapters in order, then its mean token is noted."""
-
-        def edit(index: int, tokens: Tensor) -> Tensor:
-            with torch.autocast(tokens.device.type, enabled=False):
-                edited = tokens.float()
-                for adapter in adapters:
-                    edited = adapter.block(task, index, edited)
-                means.append(edited.mean(1) if edited.dim() == 3 else edited)
-            return edited.to(tokens.dtype)
-
-        return {
-            name: (lambda tokens, index=index: edit(index, tokens)) for index, name in enumerate(self.backbone.blocks)
-        }
+    def _edits(
+        self, task: str | None, adapters: Sequence[Adapter], weights: Mapping[str, Tensor], means: Means
+    ) -> list[tuple[str, Edit]]:
+        """Submodule and what happens to its output, in order: sites, then blocks, whose mean tokens are then noted."""
+        edits: list[tuple[str, Edit]] = [
+            (name, partial(site, _subject(adapter, task)))
+            for adapter in adapters
+            for name, site in adapter.sites(self.backbone, weights).items()
+        ]
+        operating = [adapter for adapter in adapters if adapter.overrides("block")]
+        if operating or means is not None:
+            blocks = enumerate(self.backbone.blocks)
+            edits += [(name, partial(_edit_block, task, operating, means, index)) for index, name in blocks]
+        return edits
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedModel:
         super()._apply(fn, recurse)
-        device = self.backbone.device
-        self.heads = {task: head.to(device) for task, head in self.heads.items()}
+        for head in self.heads.values():
+            head.to(self.backbone.device)
         return self
 
 
-def _check_heads(heads: Mapping[str, Tensor], tasks: tuple[str, ...], width: int | None) -> None:
-    """One finite head [C, width] per task; the first head says the width where the backbone does not."""
-    for task in tasks:
-        if task not in heads:
-            raise InputError(f"task {task!r} has an expert but no head; give heads for {', '.join(tasks)}")
-        head = heads[task]
-        width = head.shape[-1] if width is None else width
-        if head.dim() != 2 or head.shape[1] != width:
-            raise InputError(
-                f"the head of task {task!r} has shape {tuple(head.shape)}, expected [classes, {width}]: "
-                f"the backbone gives {width} features; build the head with this model's text tower"
-            )
-        if not torch.isfinite(head).all():
-            raise InputError(f"the head of task {task!r} holds NaN or infinite values; build it again")
+def _subject(adapter: Adapter, task: str | None) -> Any:
+    """The task, as far as the adapter's part in the tower is to know it."""
+    return task if adapter.needs_task else None
+
+
+def _edit_block(
+    task: str | None, adapters: Sequence[Adapter], means: Means, index: int, _: Tensor | None, tokens: Tensor
+) -> Tensor:
+    with _no_autocast(tokens):
+        edited = tokens.float()
+        for adapter in adapters:
+            edited = adapter.block(_subject(adapter, task), index, edited)
+        if means is not None:
+            means.append(edited.mean(1) if edited.dim() == 3 else edited)
+    return edited.to(tokens.dtype)
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Nothing where autocast is off: exporters of graphs cannot trace the context."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

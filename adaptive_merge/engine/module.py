@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -11,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
+from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine import identity
+from adaptive_merge.engine.begin import Begun, begin, rebased
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
-from adaptive_merge.engine.teachers import FrozenViews, View
+from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
+from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
@@ -30,6 +35,7 @@ from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Objective, Prediction
 from adaptive_merge.objectives.entropy import Entropy
 from adaptive_merge.schedule import Stage, at_step
+from adaptive_merge.starts.base import Start
 from adaptive_merge.transforms.base import Transform
 
 __all__ = ["AdaptiveMerge"]
@@ -41,9 +47,11 @@ class AdaptiveMerge(pl.LightningModule):
     Args:
         task_vectors: the bank of pre-trained weights and experts.
         backbone: any module that maps a batch to features [B, d]; its weights are not used.
-        heads: task → frozen classifier weight [C, d].
+        heads: task → frozen head: the weight [C, d] of a zero-shot classifier, a linear layer, or a `Head`.
         recipe: name of this choice of parts, for results and reports.
         transforms: applied to the task vectors in order, before merging.
+        start: solved in closed form from the stream before the first step; transforms and coefficients say from which
+            static merge, its anchor. What learns goes on from the solution: θ = θ* + Σ λₜ(θₜ − θ*), λ from 0.
         coefficients: how many coefficients, where they start, how they are bounded. Default `Fixed(0.3)`.
         adapters: what each task has of its own.
         objective: what an unlabelled batch asks for. Default `Entropy()`.
@@ -68,13 +76,14 @@ class AdaptiveMerge(pl.LightningModule):
         self,
         task_vectors: TaskVectors,
         backbone: nn.Module,
-        heads: Mapping[str, Tensor],
+        heads: Mapping[str, HeadLike],
         recipe: str = "custom",
         transforms: Sequence[Transform] = (),
         coefficients: Rule | None = None,
         adapters: Sequence[Adapter] = (),
         objective: Objective | None = None,
         stages: Sequence[Stage] = (),
+        start: Start | None = None,
         lr: float = 1e-3,
         adapter_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -107,15 +116,22 @@ class AdaptiveMerge(pl.LightningModule):
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores: ListOf[TaskScore] = ListOf(TaskScore() for _ in task_vectors.tasks)
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in task_vectors.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
         self.view: View = "adapted"
         self._compares = False
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
-        self._parts = identity.of_parts(self, transforms)
+        self._parts, self._transforms = identity.of_parts(self, transforms), tuple(transforms)
+        self.start = start
+        self.begun: Begun | None = None
+        self.start_folder: Path | None = None  # where a run keeps its start
+        if start is not None:
+            self._parts |= identity.of_part("start", start)
+            copy.deepcopy(self.coefficients).rebase(merged)  # refused now, not after the start is solved
         self._data: identity.Identity | None = None
+        self._vectors: str | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -131,6 +147,30 @@ class AdaptiveMerge(pl.LightningModule):
     def merged_fingerprints(self) -> dict[str, str]:
         """sha256 of the pre-trained weights and of the experts in the merge."""
         return {name: self.experts.fingerprints[name] for name in ("pretrained", *self.tasks)}
+
+    @property
+    def _merged_experts(self) -> TaskVectors:
+        """The experts in the merge, before any transform."""
+        return self.experts.select(self.tasks) if self.unseen else self.experts
+
+    def go_on_from(self, begun: Begun) -> None:
+        """Merge around a start's solution from now on: coefficients at 0, adapters made anew."""
+        self._vectors = self.model.backbone.task_vectors.fingerprint
+        self.model.rebase(rebased(self._merged_experts, begun))
+        self.begun = begun
+        self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
+        self.views = FrozenViews(self.model, self.experts, self.views.outputs)
+        self.views.anchor = begun.anchor
+
+    @property
+    def scored_views(self) -> tuple[View, ...]:
+        """What a run is compared by, in the order of scoring."""
+        return VIEWS if self.begun is None else (*VIEWS[:2], "anchor", *VIEWS[2:])
+
+    @property
+    def vectors_fingerprint(self) -> str:
+        """sha256 of the transformed task vectors, also where a start has replaced them."""
+        return self._vectors or self.model.backbone.task_vectors.fingerprint
 
     @property
     def coefficients(self) -> Rule:
@@ -193,6 +233,9 @@ class AdaptiveMerge(pl.LightningModule):
             raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
         if stage == "fit":
             self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
+        if self.start is not None and self.begun is None:
+            merged = self._merged_experts
+            self.go_on_from(begin(self.start, self.model, merged, self.trainer, self._parts, self.start_folder))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
@@ -277,7 +320,7 @@ class AdaptiveMerge(pl.LightningModule):
 
     @contextmanager
     def viewing(self, view: View) -> Iterator[AdaptiveMerge]:
-        """Validate one of the four models; taken in order, what the experts said serves the later ones."""
+        """Validate one of the models; taken in order, what the experts said serves the later ones."""
         before, self.view, self._compares = self.view, view, True
         try:
             yield self
@@ -289,10 +332,15 @@ class AdaptiveMerge(pl.LightningModule):
         """The method as plain values under names that users know: what a checkpoint of it belongs to."""
         return identity.of_method(self, self._parts)
 
+    @property
+    def recorded_method(self) -> dict[str, Any]:
+        """The method as files keep it."""
+        return identity.recorded(self.method, self._transforms)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which method and data the few kilobytes belong to; the recipe's label is for people."""
         data = self._data or identity.of_data(None)
-        checkpoint["adaptive_merge"] = {"recipe": self.recipe, "method": self.method, "data": data}
+        checkpoint["adaptive_merge"] = {"recipe": self.recipe, "method": self.recorded_method, "data": data}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what was learned by another method or, to go on learning, on other data."""
@@ -308,7 +356,8 @@ class AdaptiveMerge(pl.LightningModule):
 
     def _joint(self, objective: Objective, batch: Batch) -> bool:
         """Whether a step is one graph; the same answer on all processes."""
-        fits = self.model.shares_tower and self.coefficients.learns and not objective.needs_blocks
+        changes = self.coefficients.learns or not self.model.plain_tower  # else features are cached
+        fits = self.model.shares_tower and changes and not objective.needs_blocks
         if self.accumulate != "auto" or not fits:
             return fits and self.accumulate == "joint"
         if self._small is None:

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from adaptive_merge.adapters.heads import Head
+
 __all__ = ["upgraded", "upgraded_adapters"]
 
 # The path of a module of this package, up to the first name that is not another module's.
@@ -25,7 +27,7 @@ _FUNCTION: Final = "builtins.function"  # of a transform; what it did shows in t
 def upgraded(recorded: Mapping[Any, Any], current: Mapping[str, Any]) -> dict[Any, Any]:
     """An old identity in today's words, to be compared with `current`; values stay unchecked."""
     # A setting that was not recorded, such as one behind a property, cannot be compared.
-    entries = {name: value for name, value in current.items() if ": " in name}
+    entries = {name: value for name, value in current.items() if ": " in name or name == "experts"}
     for name, value in recorded.items():
         part, colon, setting = str(name).rpartition(": ")
         if colon and name not in current:
@@ -36,7 +38,7 @@ def upgraded(recorded: Mapping[Any, Any], current: Mapping[str, Any]) -> dict[An
 
 
 def upgraded_adapters(
-    manifest: Mapping[str, Any], current: Mapping[str, Any], heads: Mapping[str, Tensor]
+    manifest: Mapping[str, Any], current: Mapping[str, Any], heads: Mapping[str, Head]
 ) -> dict[str, Any]:
     """The identity in the manifest of an adapter file of version 1, to be compared with `current`.
 
@@ -53,8 +55,9 @@ def upgraded_adapters(
         named = {f"adapter {number}: {name}": value for name, value in adapter.items() if name != "kind"}
         entries |= {f"adapter {number}": adapter["kind"]} | named
     for task, print_ in manifest["heads"].items():
-        name = f"head of task {task!r}"
-        entries[name] = current.get(name) if task in heads and print_ == _old_digest(heads[task]) else print_
+        name, head = f"head of task {task!r}", heads[task].bare() if task in heads else None
+        same = isinstance(head, Tensor) and print_ == _old_digest(head)
+        entries[name] = current.get(name) if same else print_
     return upgraded(entries, current)
 
 

@@ -6,52 +6,69 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from adaptive_merge.adapters.heads import Head
+from adaptive_merge.errors import InputError
 from adaptive_merge.objectives.base import Prediction
 from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy
 
 __all__ = ["CRITERIA", "TaskScore"]
 
 CRITERIA = {"agreement": 1, "js": -1, "entropy": -1}
-"""Label-free, with the sign of what is better: share of images on which model and expert name the same class, mean
+"""Label-free, with the sign of what is better: share of units on which model and expert predict the same, mean
 Jensen–Shannon divergence to the expert in nats, mean entropy over ln C."""
 _BINS = 15
 
 
 class TaskScore(Metric):
-    """Sums over the images of one task, exact for any number of processes.
+    """Sums over the units (images) of one task, exact for any number of processes.
 
-    `compute` gives `accuracy` and `ece`, the expected calibration error (Guo et al., ICML 2017) over 15 bins of equal
-    width, both in [0, 1], and the `CRITERIA` where the expert's predictions were given.
+    `compute` gives `accuracy`, which is the head's metric, and `ece`, the expected calibration error (Guo et al., ICML
+    2017) over 15 bins of equal width, both in [0, 1], and the `CRITERIA` where the expert's predictions were given.
+
+    Args:
+        head: of the task.
     """
 
     full_state_update = False
     bins: Tensor
     compared: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
-        # Rows: images, correct, summed confidence. Sums, not lists: a process's share of a task may be empty.
+        self._predict, self.metric = head.predict, head.metric()
+        # Rows: units, correct, summed confidence. Sums, not lists: a process's share of a task may be empty.
         self.add_state("bins", torch.zeros(3, _BINS), dist_reduce_fx="sum")
         self.add_state("compared", torch.zeros(1 + len(CRITERIA)), dist_reduce_fx="sum")
 
     def update(self, ours: Prediction, labels: Tensor, expert: Prediction | None = None) -> None:
-        """Add a batch: logits [B, C] against labels [B], and against what the expert says about the same images."""
+        """Add a batch: logits [U, C] against labels [U], and against what the expert says about the same images."""
+        predicted, labels = self._predict(ours.logits), labels.flatten()
+        if len(predicted) != len(labels):
+            raise InputError(
+                f"{len(labels)} labels for {len(predicted)} predictions: give a label for each row of the head's logits"
+            )
+        self.metric.update(predicted, labels)
         if not len(labels):
             return
-        confidence, predicted = ours.logits.float().softmax(-1).max(-1)
+        confidence = ours.logits.float().softmax(-1).amax(-1)
         place = (confidence * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence])
         # Not in place: `reset` may have made the sums in inference mode.
         self.bins = self.bins.index_add(1, place, rows)
         if expert is not None:
-            agreed = (predicted == expert.logits.argmax(-1)).float().mean()
+            agreed = (predicted == self._predict(expert.logits)).float().mean()
             found = [agreed, jensen_shannon(ours.logits, expert.logits).mean(), normalised_entropy(ours.logits)]
             self.compared = self.compared + len(labels) * torch.stack([torch.ones_like(agreed), *found])
 
     def compute(self) -> dict[str, Tensor]:
         """Name → value."""
-        images, correct, confidence = self.bins
-        found = {"accuracy": correct.sum() / images.sum(), "ece": (correct - confidence).abs().sum() / images.sum()}
+        units, correct, confidence = self.bins
+        found = {"accuracy": self.metric.compute(), "ece": (correct - confidence).abs().sum() / units.sum()}
         if self.compared[0]:
             found |= dict(zip(CRITERIA, self.compared[1:] / self.compared[0]))
         return found
+
+    def reset(self) -> None:
+        """Start the next count."""
+        super().reset()
+        self.metric.reset()

@@ -67,7 +67,7 @@ class Step:
         if not self.batch:  # more processes than tasks
             return self._idle(joint=True)
         images = torch.cat([part["image"] for part in self.batch.values()])
-        features = self.model.backbone(images).split([len(part["image"]) for part in self.batch.values()])
+        features = self.model.shared_features(images).split([len(part["image"]) for part in self.batch.values()])
         pairs = zip(self.batch, features)
         return torch.stack([self._loss(task, self.model(task, None, features=part)) for task, part in pairs]).sum()
 

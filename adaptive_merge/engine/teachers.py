@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.model import AdaptedModel
+from adaptive_merge.engine.views import View
+from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Prediction
 
-__all__ = ["VIEWS", "FrozenViews", "View"]
-
-View = Literal["pretrained", "individual", "initial", "adapted"]
-VIEWS: tuple[View, ...] = ("pretrained", "individual", "initial", "adapted")
+__all__ = ["FrozenViews"]
 
 Part = Mapping[str, Tensor]
 
 
 class FrozenViews:
-    """Weights of the four views, and cached outputs of frozen networks.
+    """Weights of the views, and cached outputs of frozen networks.
 
     Args:
         model: the model that adapts.
@@ -35,6 +34,7 @@ class FrozenViews:
         self.initial = model.backbone.coefficients.settled()
         shown = model.backbone.coefficients.display()
         self.start = None if shown is None else shown.detach().clone()
+        self.anchor: Tensor | None = None
         self._held: dict[str, tuple[Any, Mapping[str, Tensor]]] = {}
 
     def weights(self, view: View, task: str) -> Mapping[str, Tensor]:
@@ -46,8 +46,10 @@ class FrozenViews:
             return self._hold("merge", (view, backbone.coefficients.version), backbone.merge)
         if view == "initial":
             return self._hold("merge", view, lambda: backbone.merge_with(self.initial))
-        bank = backbone.task_vectors
-        return self._hold("merge", view, lambda: bank.layout.unflatten(bank.pretrained.to(backbone.device)))
+        flat = self.anchor if view == "anchor" else self.experts.pretrained
+        if flat is None:
+            raise InputError("there is no view 'anchor' without a start")
+        return self._hold("merge", view, lambda: self.experts.layout.unflatten(flat.to(backbone.device)))
 
     def prepare(self, view: View) -> None:
         """Make the weights that all tasks share in a view, and hold them until `release`.
@@ -63,9 +65,9 @@ class FrozenViews:
 
     @torch.no_grad()
     def features(self, task: str, part: Part, source: Any) -> Tensor | None:
-        """The shared tower's features [B, d] where nothing in the tower can change; None where it can."""
+        """The tower's features [B, d] where nothing in it can change and no adapter is in it; else None."""
         backbone = self.model.backbone
-        if backbone.coefficients.learns or not self.model.shares_tower:
+        if backbone.coefficients.learns or not self.model.plain_tower:
             return None
         identity = {"model": f"{backbone.task_vectors.fingerprint} {backbone.coefficients.fingerprint}"}
         return self._cached(task, "merged", identity, part, source, backbone)
@@ -88,7 +90,7 @@ class FrozenViews:
         prints = self.experts.fingerprints
         identity = {"expert": f"{prints['pretrained']} {prints[task]}"}
         rows = self._cached(task, "expert-blocks" if blocks else "expert", identity, part, source, outputs)
-        width = self.model.heads[task].shape[1]
+        width = self.model.heads[task].width
         means = rows[:, width:].split(self.model.backbone.block_width(), 1) if blocks else ()
         said = self.model(task, None, features=rows[:, :width], adapted=False)
         return Prediction(said.features, said.logits, tuple(means))

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from adaptive_merge.coefficients.files import Coefficients
+from adaptive_merge.coefficients.linear import Coefficients
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.old_files import upgraded_adapters
@@ -44,7 +44,7 @@ def save_adapters(module: AdaptiveMerge, path: str | Path) -> None:
     tensors |= {_RULE + name: value for name, value in rule.items()}
     tensors |= {_ADAPTERS + name: value for name, value in module.model.adapters.state_dict().items()}
     header = {"format": FORMAT, "version": VERSION, "recipe": module.recipe, "groups": list(module.coefficients.groups)}
-    save_sealed(path, tensors, {FORMAT: json.dumps(header | {"method": _method(module)})})
+    save_sealed(path, tensors, {FORMAT: json.dumps(header | {"method": _method(module, module.recorded_method)})})
 
 
 @torch.no_grad()
@@ -78,12 +78,12 @@ def load_adapters(module: AdaptiveMerge, path: str | Path) -> None:
     module.model.adapters.load_state_dict(states[1])
 
 
-def _method(module: AdaptiveMerge) -> identity.Identity:
+def _method(module: AdaptiveMerge, method: identity.Identity) -> identity.Identity:
     """What the learned values belong to, the most telling first."""
     pretrained, *experts = module.merged_fingerprints.values()
     named = {f"expert {task!r}": fingerprint for task, fingerprint in zip(module.tasks, experts)}
     first = {"tasks": list(module.tasks), "pre-trained model": pretrained, **named}
-    return first | identity.of_model(module.method) | identity.of_heads(module.model.heads)
+    return first | identity.of_model(method) | identity.of_heads(module.model.heads)
 
 
 def _read_manifest(metadata: dict[str, str], path: str | Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _read_manifest(metadata: dict[str, str], path: str | Path) -> dict[str, Any]
 
 def _checked_groups(manifest: dict[str, Any], module: AdaptiveMerge, path: str | Path) -> list[str]:
     """The file's groups in its order, after refusing another model."""
-    current, groups = _method(module), module.coefficients.groups
+    current, groups = _method(module, module.method), module.coefficients.groups
     if manifest["version"] == 1:
         recorded = upgraded_adapters(manifest, current, module.model.heads)
     else:

@@ -9,8 +9,9 @@ from string import Template
 from typing import Any, Final
 
 from adaptive_merge import __version__
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.engine.identity import describe
-from adaptive_merge.engine.teachers import VIEWS
+from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
 from adaptive_merge.export.tower import image_size
 from adaptive_merge.files import replacing
@@ -31,9 +32,7 @@ _LOAD: Final = {
     'backbone.load_state_dict(load_file("FOLDER/model.safetensors"))\nfeatures = backbone(images)',
 }
 
-_LOGITS: Final = (
-    "Logits of a task are `normalize(features) @ weight.T (+ bias)` with its tensors of `heads.safetensors`."
-)
+_LOGITS: Final = "Logits of {} are `{}` with its tensors of `heads.safetensors`."
 _IN_GRAPH: Final = "The graph ends in the task's logits; its head and all that the task has of its own are inside."
 
 
@@ -70,7 +69,7 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
         size=height if height == width else f"{height} x {width}",
         mean=list(getattr(backbone.skeleton, "image_mean", None) or OPENAI_MEAN),
         std=list(getattr(backbone.skeleton, "image_std", None) or OPENAI_STD),
-        logits=_IN_GRAPH if format == "onnx" and job.task is not None else _LOGITS,
+        logits=_IN_GRAPH if format == "onnx" and job.task is not None else _logits(job.folded.heads),
         experts=_experts(module.merged_fingerprints),
         version=__version__,
         command=command,
@@ -130,6 +129,13 @@ def _notes(job: Job, format: str, kinds: list[str]) -> str:
             "`heads.safetensors`, or export with `--text` and the full CLIP."
         )
     return "\n\n".join(notes)
+
+
+def _logits(heads: Mapping[str, Head]) -> str:
+    formulas = {task: head.formula for task, head in heads.items()}
+    if len(set(formulas.values())) == 1:
+        return _LOGITS.format("a task", *set(formulas.values()))
+    return "\n".join(f"- {_LOGITS.format(_plain(task), formula)}" for task, formula in formulas.items())
 
 
 def _experts(fingerprints: Mapping[str, str]) -> str:

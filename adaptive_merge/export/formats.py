@@ -150,10 +150,8 @@ FORMATS: Final[dict[str, Callable[[Job], None]]] = {
 
 
 def write_heads(job: Job) -> None:
-    """`heads.safetensors`: `<task>.weight` [C, d], and `<task>.bias` [C] where a tint has one."""
-    tensors = {}
-    for task, (weight, bias) in job.folded.heads.items():
-        tensors[f"{task}.weight"] = weight
-        if bias is not None:
-            tensors[f"{task}.bias"] = bias
+    """`heads.safetensors`: `<task>.<name>` of each tensor of a head, such as `weight` [C, d] and `bias` [C]."""
+    tensors = {
+        f"{task}.{name}": value for task, head in job.folded.heads.items() for name, value in head.state_dict().items()
+    }
     save_tensors(job.folder / "heads.safetensors", tensors, {"format": "pt"})

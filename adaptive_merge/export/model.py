@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
@@ -18,6 +18,12 @@ from adaptive_merge.export.verify import IMAGES, verify
 from adaptive_merge.sealed import load_sealed
 
 __all__ = ["export_model"]
+
+_REFUSED: Final = (
+    "task {task!r} cannot be folded into {format}: {reasons}. Export it as onnx, or leave out --task: the shared merge "
+    "is written, and what the task has of its own stays in adapters.safetensors",
+    "what all tasks share cannot be folded into {format}: {reasons}. Export it as onnx",
+)
 
 
 def export_model(
@@ -52,19 +58,19 @@ def export_model(
     _check_request(folder, format, text)
     folded = fold(module, task)
     if folded.left and format != "onnx":
-        raise InputError(
-            f"task {task!r} cannot be folded into {format}: {'; '.join(folded.left)}. Export it as onnx, or leave out "
-            "--task: the shared merge is written, and what the task has of its own stays in adapters.safetensors"
-        )
+        raise InputError(_REFUSED[task is None].format(task=task, format=format, reasons="; ".join(folded.left)))
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    training = module.training
+    module.eval()
     try:
         told = _fill(Job(module, folded, task, partial, text), format, check, results, command)
         if folder.is_dir():
             folder.rmdir()
         os.replace(partial, folder)
     finally:
+        module.train(training)
         shutil.rmtree(partial, ignore_errors=True)
     return f"wrote {format} to {folder}; {told}"
 

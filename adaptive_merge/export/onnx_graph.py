@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
-from adaptive_merge.export.tower import TaskModel, image_size, plain_tower
+from adaptive_merge.export.tower import GraphModel, image_size
 
 __all__ = ["INPUT", "output_name", "write_onnx"]
 
@@ -29,7 +28,7 @@ def output_name(task: str | None) -> str:
 
 
 def write_onnx(module: AdaptiveMerge, task: str | None, path: Path) -> None:
-    """Normalised images [batch, 3, H, W] in; features [batch, d], or with a task its logits [batch, C], out.
+    """Normalised images [batch, 3, H, W] in; features [batch, d], or with a task its logits, out.
 
     With a task, everything that it has of its own is in the graph: surgery after blocks and features, tints, head.
 
@@ -40,10 +39,8 @@ def write_onnx(module: AdaptiveMerge, task: str | None, path: Path) -> None:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"ONNX export needs the package {package!r}: pip install onnx onnxscript onnxruntime")
     backbone = module.model.backbone
-    model: nn.Module = (
-        plain_tower(backbone, module.merged_state_dict()) if task is None else TaskModel(module, task).eval()
-    )
-    example = torch.zeros(_EXAMPLES, 3, *image_size(backbone))
+    model = GraphModel(module, task).eval()
+    example = torch.zeros(_EXAMPLES, 3, *image_size(backbone), device=backbone.device)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,

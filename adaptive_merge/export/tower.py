@@ -9,69 +9,52 @@ from dataclasses import dataclass
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from adaptive_merge.adapters.base import Adapter
-from adaptive_merge.adapters.surgery import BlockSurgery, FeatureSurgery
-from adaptive_merge.adapters.tint import Tint
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.weights.manifest import Manifest
 from adaptive_merge.weights.open_clip_names import architecture_of, expected_shapes
 
-__all__ = ["Folded", "TaskModel", "check_task", "describe_tower", "fold", "image_size", "plain_tower", "reference"]
+__all__ = ["Folded", "GraphModel", "check_task", "describe_tower", "fold", "image_size", "plain_tower", "reference"]
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A merge as plain tensors.
+    """A merge as plain tensors and frozen heads.
 
     Args:
         weights: the tower's state dict; with a task, its tinted layer in it.
-        heads: task → (weight [C, d], bias [C] or None), applied to L2-normalised features.
-        left: the task's parts that no plain tower can express, each with its reason.
+        heads: task → head.
+        left: the adapters that no plain tower and head can express, each with its reason.
     """
 
     weights: dict[str, Tensor]
-    heads: dict[str, tuple[Tensor, Tensor | None]]
+    heads: dict[str, Head]
     left: tuple[str, ...] = ()
 
 
+@torch.no_grad()
 def fold(module: AdaptiveMerge, task: str | None) -> Folded:
-    """The shared merge with all frozen heads; or a task's own model, its tints and tinted head folded in."""
-    weights = module.merged_state_dict(task)
-    if task is None:
-        return Folded(weights, {name: (head, None) for name, head in module.model.heads.items()})
-    check_task(module, task)
-    head: tuple[Tensor, Tensor | None] = (module.model.heads[task], None)
+    """A task's own model, with all its adapters folded in that can be; or what all tasks share, with all heads."""
+    model = module.model
+    if task is not None:
+        check_task(module, task)
+    weights: Mapping[str, Tensor] = model.backbone.merged_state_dict()
+    heads = {name: head for name, head in model.heads.items() if task in (None, name)}
     left = []
-    for adapter in module.model.adapters:
-        if isinstance(adapter, Tint) and adapter.layer == "head":
-            row = adapter.row(task)
-            head = adapter.weight[row].detach(), adapter.bias[row].detach()
-        elif reason := _obstacle(adapter, task):
-            left.append(reason)
-    return Folded(weights, {task: head}, tuple(left))
-
-
-def _obstacle(adapter: Adapter, task: str) -> str | None:
-    """Why an adapter cannot become part of a plain tower and linear head; None where it can."""
-    name = type(adapter).__name__
-    if isinstance(adapter, FeatureSurgery):
-        row = adapter.row(task)
-        ups = [adapter.up[row]]
-        if isinstance(adapter, BlockSurgery):
-            ups += list(adapter.block_up)[row * adapter.depth : (row + 1) * adapter.depth]
-        if not any(bool(up.any()) for up in ups):
-            return None  # U = 0: the surgery is the identity
-        return f"{name} of rank {adapter.rank} has a ReLU between its two matrices, which no layer of the tower has"
-    kind = type(adapter)
-    if (kind.features, kind.block) == (Adapter.features, Adapter.block) and (
-        kind.logits is Adapter.logits or isinstance(adapter, Tint)
-    ):
-        return None
-    return f"{name} changes features, blocks or logits by code of its own"
+    for adapter in model.adapters:
+        if task is None and adapter.needs_task:
+            continue  # what a task has of its own
+        try:
+            pairs = {name: adapter.fold(name, weights, head) for name, head in heads.items() if name in model.tasks}
+        except InputError as error:
+            left.append(str(error))
+            continue
+        heads |= {name: head for name, (_, head) in pairs.items()}
+        weights = next(iter(pairs.values()))[0]
+    return Folded({name: value.detach().clone() for name, value in weights.items()}, heads, tuple(left))
 
 
 def check_task(module: AdaptiveMerge, task: str) -> None:
@@ -90,42 +73,26 @@ def plain_tower(backbone: MergedBackbone, weights: Mapping[str, Tensor]) -> nn.M
     return tower.requires_grad_(False).eval()
 
 
-class TaskModel(nn.Module):
-    """One task from normalised images [B, 3, H, W] to logits [B, C], with all that the task has of its own.
+class GraphModel(nn.Module):
+    """The module's own forward in evaluation mode, with the merged weights as ordinary parameters.
 
     Args:
-        module: an adapted module; it is copied from, not changed.
-        task: one of its tasks.
+        module: an adapted module; it is read, not changed.
+        task: one of its tasks; None: what all tasks share.
     """
 
-    def __init__(self, module: AdaptiveMerge, task: str) -> None:
+    def __init__(self, module: AdaptiveMerge, task: str | None) -> None:
         super().__init__()
-        check_task(module, task)
-        self.task = task
-        self.tower = plain_tower(module.model.backbone, module.merged_state_dict(task))
-        self.adapters = copy.deepcopy(module.model.adapters).cpu().requires_grad_(False)
-        self.register_buffer("head", module.model.heads[task].detach().cpu().clone())
-        if any(isinstance(adapter, Adapter) and type(adapter).block is not Adapter.block for adapter in self.adapters):
-            for index, name in enumerate(module.model.backbone.blocks):
-                self.tower.get_submodule(name).register_forward_hook(
-                    lambda _, __, tokens, index=index: self._edit(index, tokens)
-                )
-
-    def _edit(self, index: int, tokens: Tensor) -> Tensor:
-        for adapter in self.adapters:
-            tokens = adapter.block(self.task, index, tokens)
-        return tokens
+        self.task, self.model = task, module.model
+        backbone = module.model.backbone
+        self.tower = plain_tower(backbone, backbone.merged_state_dict()).to(backbone.device)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of normalised images [B, 3, H, W]."""
-        features = self.tower(images)
-        for adapter in self.adapters:
-            features = adapter.features(self.task, features)
-        unit = F.normalize(features, dim=-1)
-        logits = unit @ self.head.T
-        for adapter in self.adapters:
-            logits = adapter.logits(self.task, unit, logits)
-        return logits
+        """Logits [U, C] of a task, or shared features [B, d], of normalised images [B, 3, H, W]."""
+        weights = dict(self.tower.named_parameters())
+        if self.task is None:
+            return self.model.shared_features(images, weights)
+        return self.model(self.task, images, weights).logits
 
 
 def image_size(backbone: MergedBackbone) -> tuple[int, int]:
@@ -199,10 +166,12 @@ def _not_plain(tower: nn.Module) -> str | None:
 
 @torch.no_grad()
 def reference(module: AdaptiveMerge, task: str | None, images: Tensor, logits: bool) -> Tensor:
-    """What the module itself says of normalised images: features [B, d], or a task's logits [B, C]."""
-    images = images.to(module.model.backbone.device)
-    if logits and task is not None:
-        return module(task, images).cpu()
-    backbone = module.model.backbone
-    weights = {name: value for name, value in module.merged_state_dict(task).items() if name not in backbone.constants}
-    return backbone(images, weights).cpu()
+    """What the module itself says of normalised images: features [B, d], or a task's logits [U, C]."""
+    model, backbone = module.model, module.model.backbone
+    # As plain tensors: a rule may draw its state at random where it is not in evaluation mode.
+    merged = module.merged_state_dict(None if logits else task)
+    weights = {name: value for name, value in merged.items() if name not in backbone.constants}
+    images = images.to(backbone.device)
+    if task is None:
+        return model.shared_features(images, weights).cpu()
+    return (model(task, images, weights).logits if logits else backbone(images, weights)).cpu()

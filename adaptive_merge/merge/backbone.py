@@ -12,6 +12,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ from adaptive_merge.merge.placement import BankKind, Placement, place
 from adaptive_merge.merge.rule import Rule, State
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["MergedBackbone"]
+__all__ = ["Edit", "MergedBackbone", "without_weights"]
+
+Edit = Callable[[Any, Any], Any]
+"""(first positional input, output) of a submodule → what replaces the output."""
 
 
 class _Merge(torch.autograd.Function):
@@ -71,15 +75,27 @@ class MergedBackbone(nn.Module):
         super().__init__()
         _check_fit(backbone, task_vectors)
         self.coefficients = coefficients.bind(task_vectors)
-        self.placement = place(task_vectors, bank)
+        self.kind, self.placement = bank, place(task_vectors, bank)
         # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
-        self.__dict__["skeleton"] = _without_weights(backbone)
+        self.__dict__["skeleton"] = without_weights(backbone)
         # Looking for tied weights anew in every forward takes longer than a merge of small tensors.
         self.tied = len(list(backbone.named_parameters(remove_duplicate=False))) > len(task_vectors.names)
         buffers = dict(backbone.named_buffers()) | dict(task_vectors.buffers)
         self.constants = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self._kept: tuple[object, dict[str, Tensor]] | None = None
         self._scratch: Tensor | None = None
+
+    def rebase(self, task_vectors: TaskVectors) -> None:
+        """Go on from another bank of the same tasks and parameters, at its θ₀: what a start has given.
+
+        Raises:
+            InputError: the rule cannot go on from a start.
+        """
+        self.coefficients.rebase(task_vectors)
+        placement, device = place(task_vectors, self.kind), self.device
+        placement.to(device)
+        self.placement, self._kept = placement, None
+        self.constants |= {name: buffer.to(device) for name, buffer in task_vectors.buffers.items()}
 
     @property
     def task_vectors(self) -> TaskVectors:
@@ -158,7 +174,7 @@ class MergedBackbone(nn.Module):
         self,
         images: Tensor,
         parameters: Mapping[str, Tensor] | None = None,
-        edits: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        edits: Sequence[tuple[str, Edit]] = (),
     ) -> Tensor:
         """Features [B, d] of `images` [B, …] in evaluation mode.
 
@@ -168,12 +184,15 @@ class MergedBackbone(nn.Module):
         Args:
             images: a batch.
             parameters: the weights to use; default: `merge()`.
-            edits: module name → function that replaces the module's output.
+            edits: submodules and functions that replace their outputs, in this order.
+
+        Raises:
+            InputError: `edits` names a submodule that the backbone has not.
         """
-        if not len(images):  # a process's empty share: towers infer sizes, which of nothing they cannot
+        if images.shape[0] == 0:  # a process's empty share: towers infer sizes, which of nothing they cannot
             return self.forward(images.new_zeros((1, *images.shape[1:])), parameters, edits)[:0]
         weights = dict(self.merge() if parameters is None else parameters) | self.constants
-        with _hooked(self.skeleton, edits or {}):
+        with _hooked(self.skeleton, edits):
             return torch.func.functional_call(
                 self.skeleton, weights, (self.normalise(images),), tie_weights=self.tied, strict=True
             )
@@ -209,22 +228,34 @@ class MergedBackbone(nn.Module):
 
 
 @contextmanager
-def _hooked(module: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def _hooked(module: nn.Module, edits: Sequence[tuple[str, Edit]]) -> Iterator[None]:
     """Replace the outputs of named submodules while the context lasts."""
-    handles = [
-        module.get_submodule(name).register_forward_hook(lambda _, __, output, edit=edit: edit(output))
-        for name, edit in edits.items()
-    ]
+    handles = []
     try:
+        for name, edit in edits:
+            hook = partial(_run_edit, edit)
+            handles.append(_submodule(module, name).register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _without_weights(backbone: nn.Module) -> nn.Module:
-    """A copy of the structure on the meta device: `deepcopy` takes each tensor's stand-in from the memo."""
-    memo: dict[int, Any] = {}
+def _run_edit(edit: Edit, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return edit(inputs[0] if inputs else None, output)
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        near = did_you_mean(name, dict(module.named_modules()))
+        raise InputError(f"the backbone has no submodule {name!r} for an adapter's site{near}") from error
+
+
+def without_weights(backbone: nn.Module) -> nn.Module:
+    """A copy of the structure on the meta device, in evaluation mode."""
+    memo: dict[int, Any] = {}  # of which `deepcopy` takes each tensor's stand-in
     for parameter in backbone.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in backbone.buffers():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
+from adaptive_merge.errors import InputError
 from adaptive_merge.upstream import version_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,16 @@ class Rule(nn.Module, ABC):
             state: what `combine` was given.
             out: where to add; starts at zero.
         """
+
+    def rebase(self, task_vectors: TaskVectors) -> None:
+        """Go on from a bank of the same tasks and parameters around a start: there θ is to be the bank's θ₀.
+
+        Called after `bind`, before anything has been learned.
+
+        Raises:
+            InputError: this rule has no such values, or its settings do not allow them.
+        """
+        raise InputError(f"{type(self).__name__} cannot go on from a start; write its `rebase`, or leave `start` out")
 
     def display(self) -> Tensor | None:
         """[T, G] of `tasks` and `groups` for people, on the rule's device; None: there is nothing to draw."""

@@ -164,6 +164,11 @@ class TaskVectors:
             raise InputError("only banks of the same tasks over the same pre-trained weights can be combined")
         return other.vectors
 
+    def of(self, name: str) -> Tensor:
+        """τ of one parameter, [T, *shape]; a view, where the bank lies."""
+        place = self.names.index(name)
+        return self.vectors[:, self.layout.slices[place]].view(-1, *self.layout.shapes[place])
+
     def expert(self, task: str) -> dict[str, Tensor]:
         """The state dict θ₀ + τₜ of one expert, as it was before the merge."""
         row = self.vectors[self._row(task)]

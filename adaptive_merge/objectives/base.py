@@ -1,7 +1,8 @@
-"""The contract of an objective: a loss per image of an unlabelled batch.
+"""The contract of an objective: a loss per unit of an unlabelled batch.
 
-Losses are per image, not means: the engine divides by the number of images kept over all processes, so that a filter
-that keeps three images here and seven there weighs them alike.
+A unit is what the head gives a row of logits for: an image, or each of its tokens or pixels (see `heads.Head`). Losses
+are per unit, not means: the engine divides by the number of units kept over all processes, so that a filter that keeps
+three here and seven there weighs them alike.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Prediction:
 
     Args:
         features: [B, d], after the task's adapters.
-        logits: [B, C] of the task's head.
+        logits: [U, C] of the task's head; U = B where a unit is an image.
         blocks: mean token [B, width] after each block, where an objective looks at them.
         statistics: [S], what `Objective.statistics` gives for the images, averaged over all images of the task on all
             processes; None outside a step.
@@ -35,7 +36,7 @@ class Prediction:
 
 
 class Objective(ABC):
-    """A loss per image of one task's unlabelled batch."""
+    """A loss per unit of one task's unlabelled batch."""
 
     needs_expert: ClassVar[bool] = False
     """Whether it looks at the expert's prediction."""
@@ -48,14 +49,14 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        """The loss of each image, [B]; `expert` is the frozen expert's prediction for the same images."""
+        """The loss of each unit, [U], or image, [B]; `expert` is the frozen expert's prediction for the same images."""
 
     def keep(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
-        """Which images count, bool [B]; not differentiated. Asked where `filters` is true; default: all."""
+        """Which losses count, bool of their shape; not differentiated. Asked where `filters` is true; default: all."""
         return torch.ones_like(prediction.logits[:, 0], dtype=torch.bool)
 
     def statistics(self, prediction: Prediction, expert: Prediction | None) -> Tensor | None:
-        """[B, S] of which `losses` needs the mean over all images of the task, not this process's alone; no gradient.
+        """[U, S] of which `losses` needs the mean over all images of the task, not this process's alone; no gradient.
 
         The engine hands the mean back as `prediction.statistics`. Default: none is needed.
         """

@@ -21,7 +21,7 @@ from adaptive_merge.report.panels import Panel, Section, draw
 from adaptive_merge.report.sections import run_sections
 from adaptive_merge.report.style import SERIES, VIEW_NAMES, printable
 from adaptive_merge.report.summary import Card, cards, duration, gap_closed, warnings_of
-from adaptive_merge.report.terms import ORACLE, alarms, choice, sentence, terms
+from adaptive_merge.report.terms import ORACLE, alarms, choice, sentence, start, start_choices, terms
 from adaptive_merge.runs.reading import Run, read_run
 from adaptive_merge.runs.results import uses_labels
 
@@ -90,6 +90,8 @@ def _run_content(run: Run, prefix: str, tsne: bool, detailed: bool) -> dict[str,
         "seed": results.get("seed"),
         "terms": sentence(run),
         "choice": choice(run),
+        "start": start(run),
+        "start_choices": start_choices(run),
         "cards": cards(run),
         "alarms": alarms(run),
         "warnings": warnings_of(run),

@@ -9,7 +9,18 @@ from adaptive_merge.report.style import printable
 from adaptive_merge.runs.reading import Run
 from adaptive_merge.runs.results import MOST_WARNINGS, footing, uses_labels
 
-__all__ = ["ORACLE", "alarms", "choice", "guard_warnings", "meaning", "protocol", "sentence", "terms"]
+__all__ = [
+    "ORACLE",
+    "alarms",
+    "choice",
+    "guard_warnings",
+    "meaning",
+    "protocol",
+    "sentence",
+    "start",
+    "start_choices",
+    "terms",
+]
 
 ORACLE = "ORACLE"
 _NOT_RECORDED = "not recorded"
@@ -73,6 +84,32 @@ def choice(run: Run) -> str:
     if select in _CHOICES:
         return f"Step {kept} was kept: of those that were looked at, {_CHOICES[select]}. No label had a part in it."
     return f"The last step, {kept}, was kept."
+
+
+def start(run: Run) -> str:
+    """What a start was, and what it gave; empty where there was none."""
+    record = run.results["start"]
+    if not record:
+        return ""
+    counts = sorted(set(record["images"].values()))
+    images = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    average = run.results["average"]
+    return (
+        f"Start: {printable(record['kind'], 60)}, solved from {images} unlabelled images a task in "
+        f"{record['seconds']:.0f} s. The static merge before it: {100 * average['anchor']:.1f} %; after it, before the "
+        f"first step: {100 * average['initial']:.1f} %, which figures and tables below call merged."
+    )
+
+
+def start_choices(run: Run) -> list[dict[str, Any]]:
+    """The settings that a start was chosen from: in words, agreement in [0, 1], JS divergence, and whether chosen."""
+    rows = (run.results["start"] or {}).get("choice", [])
+    names = dict.fromkeys(name for row in rows for name in row["settings"])
+    changing = [name for name in names if len({str(row["settings"].get(name)) for row in rows}) > 1]
+    return [
+        {**row, "words": ", ".join(f"{name} {printable(str(row['settings'].get(name)), 20)}" for name in changing)}
+        for row in rows
+    ]
 
 
 def alarms(run: Run) -> list[str]:

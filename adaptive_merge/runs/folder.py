@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,21 @@ from pytorch_lightning.cli import SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
+from adaptive_merge.engine.begin import FILE, PARTIAL
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_json
 from adaptive_merge.privacy import scrub
 from adaptive_merge.runs.results import footing, table
 
-__all__ = ["RUN_FILES", "SaveConfig", "publish", "refuse_run", "remove_run"]
+__all__ = ["RUN_FILES", "START_FILES", "SaveConfig", "publish", "refuse_run", "remove_run"]
 
+# A run that was killed before its first checkpoint goes on from these.
+START_FILES = (FILE, PARTIAL)
 # What a run writes, and what `overwrite` removes.
 RUN_FILES = (
     *("config.yaml", "metrics.csv", "results.json", "coefficients.json", "report.html", "wandb.json"),
     *("history.safetensors", "diagnostics.safetensors", "images.safetensors", "checkpoints"),
+    *START_FILES,
 )
 
 
@@ -57,9 +61,9 @@ def refuse_run(folder: Path) -> None:
 
 
 @rank_zero_only
-def remove_run(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
-    for path in (folder / name for name in RUN_FILES):
+def remove_run(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Remove what a run wrote, and nothing else; files named in `keep` stay."""
+    for path in (folder / name for name in RUN_FILES if name not in keep):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

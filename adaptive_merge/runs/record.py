@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.errors import InputError, MissingFileError
-from adaptive_merge.engine.teachers import VIEWS
 
 __all__ = ["read_record"]
 
@@ -34,7 +34,7 @@ def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     if results["schema"] != 1 or not tasks:
         raise KeyError("schema")
     for row in tasks.values():
-        _numbers(row, ("n", *VIEWS))
+        _numbers(row, ("n", *VIEWS, *(["anchor"] if "anchor" in row else [])))
     if results.setdefault("protocol", None) is None:
         notes.append("The protocol was not recorded: what was adapted on and what was scored is not known.")
     else:
@@ -54,11 +54,14 @@ def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     for part in results["criteria"].values():
         _numbers(part, part)
     _check_guard(results["guard"])
+    if results.setdefault("start", None) is not None:
+        _check_start(results["start"], tasks)
     return results
 
 
 def _means(tasks: Mapping[str, Mapping[str, float]], names: list[str]) -> dict[str, float]:
-    return {view: float(np.mean([tasks[task][view] for task in names])) for view in VIEWS}
+    views = [view for view in (*VIEWS, "anchor") if all(view in tasks[task] for task in names)]
+    return {view: float(np.mean([tasks[task][view] for task in names])) for view in views}
 
 
 def _online(found: Any, merged: list[str]) -> dict[str, Any] | None:
@@ -83,6 +86,17 @@ def _check_guard(guard: Mapping[str, Any]) -> None:
         _numbers(guard["stopped"], ("step", "restored_step"))
         if "reason" not in guard["stopped"]:
             raise KeyError("reason")
+
+
+def _check_start(start: Mapping[str, Any], tasks: Mapping[str, Mapping[str, float]]) -> None:
+    _numbers(start, ("seconds",))
+    _numbers(start["images"])
+    if not start["images"] or not isinstance(start["kind"], str) or any("anchor" not in row for row in tasks.values()):
+        raise KeyError("start")
+    for row in start.get("choice", ()):
+        _numbers(row, ("agreement", "js"))
+        if not isinstance(row["settings"], dict):
+            raise TypeError(f"start: {row!r}")
 
 
 def _numbers(row: Mapping[Any, Any], names: Any = None) -> None:

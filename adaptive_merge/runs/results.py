@@ -15,11 +15,11 @@ from rich.table import Table
 from torch import Tensor
 
 from adaptive_merge.data.stream import TaskStream
-from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.runs.online import prequential
 from adaptive_merge.engine.identity import settings
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.scoring import CRITERIA
-from adaptive_merge.engine.teachers import VIEWS
+from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.runs.online import prequential
 
 __all__ = ["MOST_WARNINGS", "SCHEMA", "evaluate", "footing", "peak_memory", "score", "summary", "table", "uses_labels"]
 
@@ -31,14 +31,15 @@ _PACKAGES = ("adaptive_merge", "torch", "torchvision", "pytorch-lightning", "ope
 def evaluate(
     trainer: pl.Trainer, module: AdaptiveMerge, datamodule: pl.LightningDataModule
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """View → task → what `TaskScore` counts on the labelled images, for all four views of a module.
+    """View → task → what `TaskScore` counts on the labelled images, for all views of a module.
 
-    `"pretrained"` is θ₀, `"individual"` each expert on its own task, `"initial"` the merge before adaptation,
+    `"pretrained"` is θ₀, `"individual"` each expert on its own task, `"anchor"` the static merge before a
+    start, where there is one, `"initial"` the merge before the first step,
     `"adapted"` the module as it is now: after a single pass that is the final model, and `prequential` scores what it
     said on the way. Nothing is known of a task that the data do not hold.
     """
     found = {}
-    for view in VIEWS:
+    for view in module.scored_views:
         with module.viewing(view):
             trainer.validate(module, datamodule=datamodule, verbose=False, weights_only=True)
         metrics = trainer.callback_metrics
@@ -94,7 +95,9 @@ def summary(
     }
     if stream.corruption:
         found["corruption"] = settings(stream.corruption)
-    if stream.protocol.one_pass and steps:
+    if module.begun is not None:
+        found["start"] = dict(module.begun.record)
+    if stream.protocol.one_pass and (steps or module.begun is not None):
         passes = {
             task: prequential(rows[task], stream.images[task].labels, stream.draws.order(task)) for task in module.tasks
         }
@@ -127,7 +130,8 @@ def table(results: Mapping[str, Any]) -> Table:
     chosen = " (ORACLE: labels chose the step)" if uses_labels(results) else ""
     view = Table(title=f"{results['recipe']}: accuracy in %{chosen}", title_justify="left")
     view.add_column("task")
-    for name in ("pre-trained", "individual", "merged", "adapted", "gain"):
+    started = "anchor" in results["average"]
+    for name in ("pre-trained", "individual", "merged", *(["start"] * started), "adapted", "gain"):
         view.add_column(name, justify="right")
     unseen = results.get("unseen", {"tasks": []})
     for task, row in results["tasks"].items():
@@ -163,8 +167,10 @@ def peak_memory() -> int:
 
 
 def _cells(row: Mapping[str, float]) -> list[str]:
-    gain = row["adapted"] - row["initial"]
-    return [*(f"{100 * row[view]:.1f}" for view in VIEWS), f"{100 * gain:+.1f}"]
+    """The gain is over the static merge: of a start and of the steps together."""
+    gain = row["adapted"] - row.get("anchor", row["initial"])
+    shown = [view for view in (*VIEWS[:2], "anchor", *VIEWS[2:]) if view in row]
+    return [*(f"{100 * row[view]:.1f}" for view in shown), f"{100 * gain:+.1f}"]
 
 
 def _means(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:

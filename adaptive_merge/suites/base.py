@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.data.images import Images
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.merge.task_vectors import TaskVectors
@@ -22,14 +23,14 @@ class Suite:
         name: of the suite.
         task_vectors: the bank of the pre-trained model and its experts.
         backbone: the encoder's structure, carrying `image_mean` and `image_std`.
-        heads: task → frozen classifier weight [C, d].
+        heads: task → frozen classifier weight [C, d], or another `Head`.
         images: task → test images.
     """
 
     name: str
     task_vectors: TaskVectors
     backbone: nn.Module
-    heads: Mapping[str, Tensor]
+    heads: Mapping[str, HeadLike]
     images: Mapping[str, Images]
 
     @property

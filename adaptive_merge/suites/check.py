@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from adaptive_merge.data.cache import cached_images, resized
 from adaptive_merge.errors import AdaptiveMergeError
 from adaptive_merge.suites.clip_folder import KIND, read_clip_suite
 from adaptive_merge.suites.clip_suite import ClipSuite
-from adaptive_merge.suites.loading import EMBEDDED, load_suite, read_manifest
+from adaptive_merge.suites.loading import folder_of, load_suite, read_manifest
 from adaptive_merge.weights.clip import read_architecture
 
 __all__ = ["TaskCheck", "check_suite"]
@@ -35,7 +34,7 @@ def check_suite(name: str, decode: bool = False) -> list[TaskCheck]:
     Raises:
         MissingFileError, InputError: the suite itself cannot be read.
     """
-    folder = EMBEDDED if name == "embedded" else Path(name)
+    folder = folder_of(name)
     manifest = read_manifest(folder)
     if manifest.get("kind") != KIND:
         return [_check_plain(name, task) for task in manifest["tasks"]]

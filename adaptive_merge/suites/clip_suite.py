@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.data.cache import cached_images
+from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.sources import ImageSource
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.merge.task_vectors import BANK_DTYPES, TaskVectors
@@ -92,14 +94,18 @@ class ClipSuite:
         return None if self.heads is None else _of_task(self.heads, task, "heads")
 
 
-def load_clip_suite(suite: ClipSuite) -> Suite:
+def load_clip_suite(suite: ClipSuite, lazy: bool = False) -> Suite:
     """Read, check and join everything. What is cheap to check comes first, decoding images last.
+
+    Args:
+        suite: what it is made of.
+        lazy: look for a task's data set when its images are first asked for; zero-shot heads need its class names.
 
     Raises:
         MissingFileError, InputError: naming the file, the tensor or the folder, what was expected and found.
     """
     architecture = read_architecture(suite.architecture)
-    sources = {task: suite.source(task) for task in suite.tasks}
+    sources = {} if lazy and suite.heads else {task: suite.source(task) for task in suite.tasks}
     _check_paths(suite)
     pretrained = read_weights(suite.pretrained, quick_gelu=architecture.quick_gelu)
     tower = pretrained.manifest.filled(
@@ -114,26 +120,33 @@ def load_clip_suite(suite: ClipSuite) -> Suite:
 
     experts, dtype = Experts(suite.tasks, expert), getattr(torch, suite.bank)
     bank = TaskVectors.from_state_dicts(pretrained.tensors, experts, dtype=dtype)
-    images = {
-        task: cached_images(source, suite.cache, architecture.image_size, name=task, workers=suite.workers)
-        for task, source in sources.items()
-    }
-    return Suite(suite.name, bank, backbone, heads, images)
+    size = architecture.image_size
+    images = LazyImages({task: partial(_images, suite, task, sources.get(task), size, heads) for task in suite.tasks})
+    return Suite(suite.name, bank, backbone, heads, images if lazy else dict(images))
+
+
+def _images(suite: ClipSuite, task: str, source: ImageSource | None, size: int, heads: Mapping[str, Tensor]) -> Images:
+    if source is None:
+        source = suite.source(task)
+        _check_head(suite, task, source, heads[task])
+    return cached_images(source, suite.cache, size, name=task, workers=suite.workers)
 
 
 def _heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Manifest) -> dict[str, Tensor]:
     if suite.heads is None:
         return _zero_shot_heads(suite, sources, architecture)
-    heads = {}
+    heads = {task: read_head(suite.head_path(task)) for task in suite.tasks}
     for task, source in sources.items():
-        path = suite.head_path(task)
-        heads[task] = read_head(path)
-        if len(heads[task]) != len(source.classes):
-            raise InputError(
-                f"`{path}` (task {task!r}): expected {len(source.classes)} classes as in the data set, found "
-                f"{len(heads[task])}; give the head of this task"
-            )
+        _check_head(suite, task, source, heads[task])
     return heads
+
+
+def _check_head(suite: ClipSuite, task: str, source: ImageSource, head: Tensor) -> None:
+    if len(head) != len(source.classes):
+        raise InputError(
+            f"`{suite.head_path(task)}` (task {task!r}): expected {len(source.classes)} classes as in the data set, "
+            f"found {len(head)}; give the head of this task"
+        )
 
 
 def _zero_shot_heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Manifest) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,15 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adaptive_merge.data.images import Images
+from adaptive_merge.adapters.heads import HeadLike, LinearHead
+from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.files import shipped
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.suites.base import Experts, Suite
 from adaptive_merge.suites.clip_folder import load_clip_folder
 from adaptive_merge.suites.embedded_tower import build_encoder
 
-__all__ = ["EMBEDDED", "load_suite", "read_manifest"]
+__all__ = ["folder_of", "load_suite", "read_manifest"]
 
 BankDtype = Literal["float32", "bfloat16"]
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -34,14 +37,16 @@ def load_suite(
     split: Literal["test", "val"] = "test",
     dtype: BankDtype = "float32",
     banks: str | None = None,
+    lazy: bool = False,
 ) -> Suite:
     """Load a suite: `"embedded"`, which ships with the package, or a folder that holds its own `suite.json`.
 
     The folder is laid out like the embedded one, or is a CLIP suite (`"kind": "clip"`, see configs/clip): then its
-    `suite.json` says where checkpoints, heads and data sets lie.
+    `suite.json` says where checkpoints, heads and data sets lie. In the embedded layout a task may have the entry
+    `"head": "linear"`: its head is then a linear layer on features as they are, with `<task>.bias` if the file has one.
 
     Args:
-        name: `"embedded"` or a folder that holds `suite.json`.
+        name: `"embedded"`, a folder that holds `suite.json`, or one that ships, such as `"clip/vit_b_32/8tasks"`.
         tasks: some of its tasks, in this order; default all.
         split: images to adapt and score on; `"val"` for choices that must not see test images.
         dtype: in which the task vectors are held. `"bfloat16"` halves the bank; merges still add up in float32, over
@@ -49,24 +54,35 @@ def load_suite(
             experts that teach and are scored.
         banks: a folder that keeps the bank as a file; it is mapped into memory from there, so that the processes of
             a node hold it once. Default: each process holds its own.
+        lazy: look for a task's images when they are first asked for. Default: data sets that are missing or damaged are
+            met before any weights are read.
 
     Raises:
         MissingFileError: the folder or one of its files is not there.
         InputError: an unknown task; a file that is damaged or does not fit the others.
     """
-    folder = EMBEDDED if name == "embedded" else Path(name)
+    folder = folder_of(name)
     manifest = read_manifest(folder)
     if dtype not in get_args(BankDtype):
         raise InputError(f"unknown dtype {dtype!r} of a bank; choose {' or '.join(map(repr, get_args(BankDtype)))}")
     if manifest.get("kind") == "clip":
-        suite = load_clip_folder(folder, manifest, tasks, split, dtype)
+        suite = load_clip_folder(folder, manifest, tasks, split, dtype, lazy)
     else:
-        suite = _load_plain(name, folder, manifest, tasks, split, dtype)
+        suite = _load_plain(name, folder, manifest, tasks, split, dtype, lazy)
     return replace(suite, task_vectors=kept_bank(suite.task_vectors, banks)) if banks else suite
 
 
+def folder_of(name: str) -> Path:
+    """The folder of a suite: the embedded one, a path that holds `suite.json`, or else one that ships of this name."""
+    if name == "embedded":
+        return EMBEDDED
+    # The shipped configurations give names from the repository's root.
+    places = (Path(name), shipped() / name, shipped().parent / name)
+    return next((place for place in places if (place / "suite.json").is_file()), Path(name))
+
+
 def _load_plain(
-    name: str, folder: Path, manifest: dict[str, Any], tasks: list[str] | None, split: str, dtype: str
+    name: str, folder: Path, manifest: dict[str, Any], tasks: list[str] | None, split: str, dtype: str, lazy: bool
 ) -> Suite:
     """A suite that is laid out like the embedded one."""
     known = manifest["tasks"]
@@ -85,10 +101,9 @@ def _load_plain(
         bank = TaskVectors.from_state_dicts(pretrained, experts, dtype=getattr(torch, dtype))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    images = {task: _read_images(folder, task, split, manifest) for task in chosen}
-    return Suite(
-        manifest["name"], bank, backbone, {task: _head(folder, heads, task, known[task]) for task in chosen}, images
-    )
+    images = LazyImages({task: partial(_read_images, folder, task, split, manifest) for task in chosen})
+    heads = {task: _head(folder, heads, task, known[task]) for task in chosen}
+    return Suite(manifest["name"], bank, backbone, heads, images if lazy else dict(images))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -150,7 +165,7 @@ def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) 
         raise InputError(f"{path}: {error}") from error
 
 
-def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> Tensor:
+def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> HeadLike:
     head = heads.get(f"{task}.weight")
     if head is None:
         raise InputError(f"{folder / 'heads.safetensors'}: there is no head {task + '.weight'!r}")
@@ -159,4 +174,7 @@ def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, An
             f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "
             f"{len(entry['classes'])}"
         )
-    return head
+    kind = entry.get("head", "cosine")
+    if kind not in ("cosine", "linear"):
+        raise InputError(f"{folder / 'suite.json'}: unknown kind of head {kind!r} of {task!r}; choose cosine or linear")
+    return head if kind == "cosine" else LinearHead(head, heads.get(f"{task}.bias"))

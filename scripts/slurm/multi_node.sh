@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 # Several nodes, one process for each GPU; the run folder has to be on a file system that all of them see:
-#   sbatch --nodes 4 scripts/slurm/multi_node.sh --config configs/embedded/adamerging.yaml --run.root /shared/runs
+#   sbatch --nodes 4 scripts/slurm/multi_node.sh --config adamerging --run.root /shared/runs
 # `data.images_per_task` has to be a multiple of the number of processes: it counts images over all of them.
 set -euo pipefail
 

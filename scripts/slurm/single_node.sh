@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 # One node, one process for each GPU:
-#   sbatch scripts/slurm/single_node.sh --config configs/embedded/adamerging.yaml --run.name mine
+#   sbatch scripts/slurm/single_node.sh --config adamerging --run.name mine
 # Three minutes before the time is up SLURM signals the processes (not this shell: no `B:`); they save, put the job
 # back into the queue, and the next start goes on from there. `--gpus-per-task` would hide devices; the job's name
 # must not be `bash` or `interactive`, which turn SLURM mode off.

@@ -18,6 +18,7 @@ from adaptive_merge.callbacks.safe.ranks import Ranks
 from adaptive_merge.data.protocols import Online
 from adaptive_merge.errors import InputError
 from adaptive_merge.objectives.base import Prediction
+from adaptive_merge.objectives.functional import normalised_entropy
 
 FINE = Signals(images=32, agreement=0.8, js=0.1, entropy=0.3, norm=1.0, marginal=0.9, expert_marginal=0.95)
 NO_SCORING = {"limit_val_batches": 0}
@@ -135,7 +136,7 @@ def test_sums_of_processes_add_up_to_the_signals_of_all_images():
     found = Signals.of(total, 4)
     assert found.images == 9
     assert found.agreement == pytest.approx((ours.argmax(1) == theirs.argmax(1)).float().mean().item())
-    assert found.entropy == pytest.approx(am.objectives.normalised_entropy(ours).item(), abs=1e-6)
+    assert found.entropy == pytest.approx(normalised_entropy(ours).item(), abs=1e-6)
     assert found.norm == pytest.approx((features.norm(dim=1).mean() / targets.norm(dim=1).mean()).item(), abs=1e-6)
     mean = torch.distributions.Categorical(probs=theirs.softmax(1).mean(0))
     assert found.expert_marginal == pytest.approx(mean.entropy().item() / math.log(4), abs=1e-6)

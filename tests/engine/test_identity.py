@@ -107,7 +107,7 @@ METHODS = {
     "betas": lambda: {"betas": (0.9, 0.99)},
     "weight decay": lambda: {"weight_decay": 0.1},
     "head of task 'red'": lambda: {"heads": other_heads()},
-    "task vectors": lambda: {"task_vectors": other_bank()},
+    "experts": lambda: {"task_vectors": other_bank()},
 }
 
 

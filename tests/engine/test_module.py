@@ -148,7 +148,7 @@ def test_checkpoint_is_small_resumes_and_knows_its_experts(toy, bank, heads, ima
     assert torch.equal(torch.stack(trajectory.values), whole[7:])
 
     other = am.AdaMerging(bank * 2, toy, heads)
-    with pytest.raises(am.InputError, match="another task vectors"):
+    with pytest.raises(am.InputError, match="another experts"):
         again.fit(other, datamodule=am.TaskStream(images), ckpt_path=path)
 
 

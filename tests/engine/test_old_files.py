@@ -10,7 +10,7 @@ import yaml
 
 import adaptive_merge as am
 from adaptive_merge.__main__ import main
-from adaptive_merge.cli.fit import load_run
+from adaptive_merge.cli.loading import load_run
 from adaptive_merge.engine.old_files import upgraded
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.sealed import load_sealed, save_sealed

@@ -20,17 +20,17 @@ def build_tower(**settings) -> VisionTransformer:
     return tower
 
 
-def build_module(tower=None, seed=0, **parts) -> am.AdaptiveMerge:
+def build_module(tower=None, seed=0, heads=None, **parts) -> am.AdaptiveMerge:
     tower = tower or build_tower()
     experts = {task: perturbed(tower.state_dict(), seed + row, 0.05) for row, task in enumerate(CLASSES)}
     bank = am.TaskVectors.from_state_dicts(tower.state_dict(), experts)
     generator = torch.Generator().manual_seed(3)
-    heads = {
+    zero_shot = {
         task: 100 * nn.functional.normalize(torch.randn(classes, 24, generator=generator), dim=-1)
         for task, classes in CLASSES.items()
     }
     settings = {"recipe": "test", "coefficients": am.LayerWise(0.3)} | parts
-    module = am.AdaptiveMerge(bank, tower, heads, **settings)
+    module = am.AdaptiveMerge(bank, tower, zero_shot | (heads or {}), **settings)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import adaptive_merge as am
+from adaptive_merge.adapters.heads import CosineHead
 from adaptive_merge.export import load_adapters, save_adapters
 from adaptive_merge.export.adapter_file import FORMAT
 from adaptive_merge.merge.rule import Rule
@@ -147,7 +148,7 @@ def test_a_rule_of_another_kind_is_kept_whole(tmp_path):
 
 def test_other_heads_are_refused(path):
     module = blank()
-    module.model.heads["grey"] = module.model.heads["grey"] + 1e-3
+    module.model.heads["grey"] = CosineHead(module.model.heads["grey"].weight + 1e-3)
     with pytest.raises(am.InputError, match="head of task 'grey'"):
         load_adapters(module, path)
 

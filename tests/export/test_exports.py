@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from users_method import Router
 
 import adaptive_merge as am
 from adaptive_merge.export import export_model, load_adapters
@@ -193,3 +194,27 @@ def test_the_exported_adapters_fit_a_fresh_module(tmp_path, tinted, batch):
         fresh.coefficients.values.zero_()
         load_adapters(fresh, tmp_path / "out" / "adapters.safetensors")
         assert torch.equal(fresh("red", batch), tinted("red", batch))
+
+
+def test_onnx_holds_a_users_router_in_what_all_tasks_share(tmp_path, batch):
+    need("onnx")
+    module = build_module(build_tower(act_layer=torch.nn.GELU), adapters=[Router(3)]).train()
+    images = normalised(module, batch)
+    export_model(module, tmp_path / "out", "onnx")
+    assert all(part.training for part in module.model.adapters.modules())
+    with torch.no_grad():
+        wanted = module.model.shared_features(images)
+        assert not torch.allclose(wanted, module.model.backbone(images), atol=1e-3)
+    assert float((run_onnx(tmp_path / "out", images) - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+
+
+def test_heads_of_every_kind_are_exported(tmp_path, module, batch):
+    layer = torch.nn.Linear(24, 3)
+    mixed = build_module(heads={"red": layer})
+    told = export_model(mixed, tmp_path / "out", "safetensors")
+    head = load_file(tmp_path / "out" / "heads.safetensors")
+    assert "largest difference 0.0e+00" in told
+    assert torch.equal(head["red.bias"], layer.bias) and "grey.bias" not in head
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Logits of red are `features @ weight.T (+ bias)`" in card
+    assert "Logits of grey are `normalize(features) @ weight.T (+ bias)`" in card

@@ -80,7 +80,7 @@ def test_adamerging_of_two_clip_experts_from_the_command_line(tmp_path, monkeypa
 
 
 def _check_round_trip(folder):
-    from adaptive_merge.cli.fit import load_run
+    from adaptive_merge.cli.loading import load_run
 
     module = load_run("runs/clip")
     weights = read_weights(folder / "out" / "open_clip")

@@ -2,10 +2,10 @@ import json
 import re
 
 import pytest
-from sample_runs import HOSTILE, write_run
+from sample_runs import HOSTILE, change, write_run
 
 import adaptive_merge as am
-from adaptive_merge.cli.report import report_command
+from adaptive_merge.cli.report import report as report_command
 from adaptive_merge.privacy import HIDDEN, scrub
 from adaptive_merge.report.html import report_run, write_report
 from adaptive_merge.report.summary import warnings_of
@@ -139,3 +139,31 @@ def test_the_command_writes_into_the_run_or_where_it_is_told(tmp_path, monkeypat
     assert (tmp_path / "a" / "report.html").is_file() and "wrote a/report.html" in capsys.readouterr().out
     report_command(["a", "b", "--output", "both.html", "--no-tsne"])
     assert "2 runs" in (tmp_path / "both.html").read_text()
+
+
+def test_a_start_is_told_with_its_choice(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rows = json.loads((folder / "results.json").read_text())["tasks"]
+    settings = [{"kind": "CompensatedRegression", "strength": strength, "stem": False} for strength in (0.1, 0.3)]
+    start = {
+        "kind": "ChosenRegression<",
+        "settings": {"seed": 0},
+        "images": dict.fromkeys(rows, 64),
+        "seconds": 2.4,
+        "choice": [
+            {"settings": one, "agreement": 0.9, "js": js, "chosen": js < 0.05}
+            for one, js in zip(settings, (0.06, 0.04))
+        ],
+    }
+    change(folder, start=start, tasks={task: row | {"anchor": 0.55} for task, row in rows.items()})
+    page = write_report([folder], tmp_path / "page.html").read_text()
+    assert "ChosenRegression&lt;, solved from 64 unlabelled images a task" in page
+    assert "The static merge before it: 55.0 %; after it, before the first step: 60.0 %" in page
+    assert (
+        "strength 0.3</bdi> (chosen)" in page
+        and "strength 0.1</bdi></td>" in page
+        and "stem" not in page.split("nats")[1]
+    )
+    change(folder, start=start | {"images": {}})
+    with pytest.raises(am.InputError, match="start"):
+        write_report([folder], tmp_path / "page.html")

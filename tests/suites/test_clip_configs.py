@@ -1,63 +1,91 @@
-"""configs/clip/: what the script writes, and each file a configuration that the command line takes."""
+"""configs/clip/: methods and suites in two layers, and what each pair comes to."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
-from pathlib import Path
+import re
 
 import pytest
 import yaml
 
-from adaptive_merge.cli.fit import AdaptiveMergeCLI
+from adaptive_merge.cli.configs import find_config, layered, read_layers, recipe_files, suite_name
+from adaptive_merge.cli.grid import _Settings
+from adaptive_merge.files import shipped
 from adaptive_merge.suites.clip_folder import read_clip_suite
+from adaptive_merge.suites.clip_tasks import TEST_SIZES, layout_of
+from adaptive_merge.suites.loading import folder_of
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs" / "clip").rglob("*.yaml"))
-per_folder = pytest.mark.parametrize(
-    "folder", sorted({path.parent for path in CONFIGS}), ids=lambda path: f"{path.parent.name}-{path.name}"
-)
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("make_clip_configs", ROOT / "scripts" / "make_clip_configs.py")
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+NAMES = [name for name in recipe_files() if name.startswith("clip/")]
+METHODS = [name for name in NAMES if name.count("/") == 1]
+SUITES = [name for name in NAMES if name.count("/") == 2]
+STEPS = {"tinting": 500, "tinting_pp": 500, "symerge": 500}
+ENTRIES = {"vit_b_32": 113_448_705, "vit_b_16": 111_792_129, "vit_l_14": 342_562_049}
 
 
-def test_the_committed_files_are_those_of_the_script(script):
-    files = script.files()
-    assert {path for path in (ROOT / "configs" / "clip").rglob("*") if path.is_file()} == set(files)
-    assert [path for path, content in files.items() if path.read_text() != content] == []
-    assert len(CONFIGS) == 3 * 3 * len(script.METHODS)
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder: nothing is found but what ships."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_pair_has_the_settings_of_its_suite(elsewhere, suite):
+    _, backbone, size = suite.split("/")
+    tasks = int(size.removesuffix("tasks"))
+    for method in METHODS:
+        name = method.removeprefix("clip/")
+        for pair in ([method, suite], [suite, method]):
+            settings: dict = {}
+            for layer in read_layers(pair):
+                settings |= layer.settings
+            text, model = json.dumps(settings), settings["model"]
+            assert model["coefficients"]["init_args"]["init"] in ("average", 0.3 if tasks == 8 else 0.1)
+            assert set(re.findall(r'"counted_over": (\d+)', text)) <= {str(ENTRIES[backbone])}
+            assert "by_suite" not in settings and suite_name(pair) == f"configs/{suite}"
+            if name in STEPS:
+                assert settings["trainer"]["max_steps"] == STEPS[name] * tasks
+            if name == "surgery_v2":
+                assert model["adapters"][0]["init_args"]["rank"] == (4 if backbone == "vit_l_14" else 16)
+
+
+def test_all_methods_and_suites_are_there():
+    assert len(METHODS) == 15 and len(SUITES) == 9
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-@per_folder
-def test_each_configuration_parses(folder, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for path in (path for path in CONFIGS if path.parent == folder):
-        told = io.StringIO()
-        with contextlib.redirect_stdout(told), pytest.raises(SystemExit) as end:
-            AdaptiveMergeCLI(args=["fit", "--config", str(path), "--print_config"])
-        assert end.value.code in (0, None), path
-        found = yaml.safe_load(told.getvalue())
-        assert found["model"]["recipe"] == path.stem and found["suite"]["name"] == str(folder.relative_to(ROOT))
-        header = path.read_text().splitlines()[:2]
-        assert all(line.startswith("# ") and len(line) <= 130 for line in header)
+def test_the_command_line_takes_the_pair_and_what_comes_later_wins(elsewhere):
+    pair = ["--config", "clip/tinting", "--config=clip/vit_l_14/14tasks"]
+    settings = _Settings(args=["fit", *pair]).settings
+    assert settings.run.name == "vit_l_14-14tasks-tinting" and settings.trainer.max_steps == 7000
+    assert settings.model.coefficients.init_args.init == 0.1 and settings.model.lr == 0.01
+    settings = _Settings(args=["fit", *pair, "--trainer.max_steps", "5", "--run.name", "{recipe}-5"]).settings
+    assert settings.trainer.max_steps == 5 and settings.run.name == "tinting-5"
 
 
-@per_folder
-def test_each_suite_is_one_that_the_reader_takes(folder, monkeypatch):
+def test_a_suite_on_the_command_line_counts_as_well(elsewhere):
+    arguments = layered(["--config", "clip/adamerging", "--suite.name", "clip/vit_b_32/20tasks"])
+    assert yaml.safe_load(arguments[1])["model"]["coefficients"]["init_args"]["init"] == 0.1
+
+
+def test_a_path_wins_over_a_name(elsewhere, tmp_path):
+    assert find_config("ties") == shipped() / "embedded" / "ties.yaml"
+    (tmp_path / "ties").write_text("model: {recipe: mine}")
+    assert read_layers(["ties"])[0].settings == {"model": {"recipe": "mine"}}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_each_suite_is_one_that_the_reader_takes(elsewhere, suite, monkeypatch):
     monkeypatch.setenv("CLIP_CHECKPOINTS", "/checkpoints")
     monkeypatch.setenv("CLIP_DATA", "/data")
-    suite = read_clip_suite(folder, json.loads((folder / "suite.json").read_text()))
-    assert f"{len(suite.tasks)}tasks" == folder.name and suite.architecture.endswith("-quickgelu")
-    assert suite.expert_path("MNIST").startswith("/checkpoints/") and suite.data == "/data"
+    folder = folder_of(suite)
+    assert folder == folder_of(f"configs/{suite}")
+    clip = read_clip_suite(folder, json.loads((folder / "suite.json").read_text()))
+    assert f"{len(clip.tasks)}tasks" == folder.name and clip.architecture.endswith("-quickgelu")
+    assert clip.expert_path("MNIST").startswith("/checkpoints/") and clip.data == "/data"
+
+
+def test_the_readme_names_every_data_set():
+    page = (shipped() / "clip" / "README.md").read_text()
+    for task, sizes in TEST_SIZES.items():
+        counts = " or ".join(f"{size:,}" for size in sizes)
+        assert f"| {task} | {counts} | {layout_of(task).replace('|', '/')} |" in page

@@ -12,7 +12,7 @@ from data.data_sets import WRITERS, save
 from torch.nn import functional as F
 
 import adaptive_merge as am
-from adaptive_merge.cli.data import data_command
+from adaptive_merge.cli.data import data as data_command
 from adaptive_merge.suites.check import check_suite
 from adaptive_merge.suites.clip_folder import load_clip_folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,8 @@ class Signals:
     """How a model stands to the expert of one task.
 
     Args:
-        images: how many were looked at.
-        agreement: share of images for which both name the same class.
+        images: how many units (images) were looked at.
+        agreement: share of them for which both predict the same.
         js: mean Jensen-Shannon divergence to the expert, in nats.
         entropy: mean prediction entropy over ln C.
         norm: mean length of the features over that of the expert's.
@@ -90,21 +90,28 @@ class Alarm:
         return f"task {self.task!r}: {what}" if self.task else what
 
 
+def _largest(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 @torch.no_grad()
-def sums(prediction: Prediction, expert: Prediction, width: int) -> Tensor:
+def sums(
+    prediction: Prediction, expert: Prediction, width: int, predict: Callable[[Tensor], Tensor] = _largest
+) -> Tensor:
     """What `Signals` are read from, float64 [6 + 2 · width] on the CPU; the sums of processes add up.
 
     Args:
         prediction: of a model for some images of a task, or for none.
         expert: the task's expert on the same images.
         width: classes of the widest task, so that the rows of all tasks are of one length.
+        predict: what logits say, as the task's head reads them.
     """
     ours, theirs = prediction.logits.float(), expert.logits.float()
     probabilities = torch.zeros(2, width, device=ours.device)
     probabilities[:, : ours.shape[1]] = torch.stack([ours.softmax(-1).sum(0), theirs.softmax(-1).sum(0)])
     single = [
         ours.new_tensor(len(ours)),
-        (ours.argmax(-1) == theirs.argmax(-1)).float().sum(),
+        (predict(ours) == predict(theirs)).float().sum(),
         jensen_shannon(ours, theirs).sum(),
         entropy(ours).sum(),
         prediction.features.float().norm(dim=-1).sum(),

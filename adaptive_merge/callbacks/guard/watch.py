@@ -11,7 +11,8 @@ from torch import Tensor
 from adaptive_merge.callbacks.guard.collapse import Signals, sums
 from adaptive_merge.callbacks.safe.ranks import Ranks
 from adaptive_merge.engine.frozen import FrozenOutputs
-from adaptive_merge.engine.teachers import FrozenViews, View
+from adaptive_merge.engine.teachers import FrozenViews
+from adaptive_merge.engine.views import View
 
 __all__ = ["Watch"]
 
@@ -60,7 +61,7 @@ class Watch:
     def _signals(
         self, trainer: pl.Trainer, module: pl.LightningModule, parts: Mapping[str, dict[str, Tensor]], view: View
     ) -> dict[str, Signals]:
-        width = max(len(module.model.heads[task]) for task in parts)
+        width = max(module.model.heads[task].classes for task in parts)
         with trainer.precision_plugin.forward_context():
             known = self._features(trainer, module, parts, view)
             rows = []
@@ -70,9 +71,9 @@ class Watch:
                 options = {"weights": weights, "features": known[task], "adapted": view == "adapted"}
                 prediction = module.model(task, part["image"], **options)
                 expert = self._views.expert(task, part, trainer.datamodule.images[task])
-                rows.append(sums(prediction, expert, width))
+                rows.append(sums(prediction, expert, width, module.model.heads[task].predict))
         total = self.ranks.gather(torch.stack(rows)).sum(0)
-        return {task: Signals.of(row, len(module.model.heads[task])) for task, row in zip(parts, total)}
+        return {task: Signals.of(row, module.model.heads[task].classes) for task, row in zip(parts, total)}
 
     def _features(
         self, trainer: pl.Trainer, module: pl.LightningModule, parts: Mapping[str, dict[str, Tensor]], view: View
@@ -87,5 +88,6 @@ class Watch:
         if not at_once or (view == "adapted" and not module.model.shares_tower):
             return dict.fromkeys(parts)
         weights = self._views.weights(view, next(iter(parts)))
-        features = module.model.backbone(torch.cat([part["image"] for part in parts.values()]), weights)
+        images = torch.cat([part["image"] for part in parts.values()])
+        features = module.model.shared_features(images, weights, adapted=view == "adapted")
         return dict(zip(parts, features.split([len(part["image"]) for part in parts.values()])))

@@ -56,6 +56,15 @@ class Ledger(pl.Callback):
             # [4, N]: adapted, scored, first, final; a larger value is always the newer knowledge of several processes.
             self._rows = {task: _empty(len(source)) for task, source in images.items()}
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the images of a start, and what the merge before it predicted."""
+        if pl_module.begun is None:
+            return
+        for task in pl_module.tasks:
+            self._rows[task][0, trainer.datamodule.opening(task)] = 1
+        for task, (index, classes) in pl_module.begun.first.items():
+            _note(self._rows[task][2], index, classes)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """To the device."""
         self._rows = {task: rows.to(pl_module.device) for task, rows in self._rows.items()}
@@ -69,7 +78,9 @@ class Ledger(pl.Callback):
                 index = batch[task]["index"]
                 rows[0, index] = 1
                 if _single_pass(trainer):
-                    rows[2, index] = pl_module.said[task].argmax(-1).int()
+                    unknown = rows[2, index] == _UNKNOWN  # a start's images have been predicted before
+                    predicted = pl_module.model.heads[task].predict(pl_module.said[task])
+                    _note(rows[2], index[unknown], predicted[unknown] if len(predicted) == len(index) else predicted)
 
     def on_validation_batch_end(
         self,
@@ -84,7 +95,7 @@ class Ledger(pl.Callback):
         if self._scoring(trainer, pl_module) and batch["task"] in self._rows:
             rows, index = self._rows[batch["task"]].to(pl_module.device), batch["index"]
             rows[1, index] = 1
-            rows[3, index] = outputs["logits"].argmax(-1).int()
+            _note(rows[3], index, pl_module.model.heads[batch["task"]].predict(outputs["logits"]))
             self._rows[batch["task"]] = rows
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -133,6 +144,11 @@ class Ledger(pl.Callback):
 
 
 _DTYPES = {"adapted": torch.uint8, "scored": torch.uint8, "first": torch.int32, "final": torch.int32}
+
+
+def _note(row: Tensor, index: Tensor, predicted: Tensor) -> None:
+    if len(predicted) == len(index):  # a head of tokens or pixels gives an image more than one class
+        row[index] = predicted.int()
 
 
 def _empty(images: int) -> Tensor:

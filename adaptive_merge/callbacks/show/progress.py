@@ -20,6 +20,7 @@ __all__ = ["Progress"]
 _VIEW_WORDS = {
     "pretrained": "pre-trained model",
     "individual": "individual experts",
+    "anchor": "static merge",
     "initial": "merge before adaptation",
     "adapted": "adapted merge",
 }
@@ -66,6 +67,23 @@ class Progress(ProgressBar):
         if self._console is None:
             self._console = Console()
         return self._console
+
+    def on_start_progress(self, trainer: pl.Trainer, done: int, total: int) -> None:
+        """A start has solved so many of its blocks."""
+        if not self._enabled:
+            return
+        if done <= 1 or self._bar is None:
+            self._began = time.monotonic() if done <= 1 else self._began
+            self._open("solving the start", total, done)
+        left = (
+            f"{_clock((time.monotonic() - self._began) / max(done - 1, 1) * (total - done))} left" if done > 1 else ""
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, words=left)
+        elif done == total or done % max(1, total // 5) == 0:
+            self._say(f"start: block {done}/{total}  {left}")
+        if done == total:
+            self._close()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting."""

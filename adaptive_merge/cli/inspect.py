@@ -1,0 +1,84 @@
+"""`adaptive-merge inspect`: what is in a file or a run folder of ours, without Lightning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from adaptive_merge.cli.parser import Parser, write
+from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.runs.checkpoint import read_checkpoint
+
+__all__ = ["describe", "inspect"]
+
+
+def inspect(arguments: list[str]) -> None:
+    """Say what is in a run folder, a checkpoint, a bank of task vectors or a safetensors file."""
+    parser = Parser("adaptive-merge inspect", description=inspect.__doc__)
+    parser.add_argument("path", help="a run folder, a .ckpt or a .safetensors file")
+    write(json.dumps(describe(parser.parse_args(arguments).path), indent=2))
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a file or run folder of ours holds, as plain values.
+
+    Raises:
+        MissingFileError, InputError: there is nothing, or nothing that this program reads.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _describe_run(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path}: there is no such file or folder")
+    return _describe_checkpoint(path) if path.suffix == ".ckpt" else _describe_safetensors(path)
+
+
+def _describe_run(folder: Path) -> dict[str, Any]:
+    results = folder / "results.json"
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if not results.is_file() and not checkpoint.is_file():
+        raise InputError(f"{folder}: neither results.json nor checkpoints/last.ckpt is there; this is not a run folder")
+    content: dict[str, Any] = {
+        "run": str(folder),
+        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
+    }
+    if results.is_file():
+        content["results"] = json.loads(results.read_text())
+    if checkpoint.is_file():
+        content["checkpoint"] = _describe_checkpoint(checkpoint)
+    return content
+
+
+def _describe_checkpoint(path: Path) -> dict[str, Any]:
+    content = read_checkpoint(path)
+    tensors = {name: _statistics(value) for name, value in content["state_dict"].items()}
+    return {"bytes": path.stat().st_size, "step": content["global_step"], "tensors": tensors} | content[
+        "adaptive_merge"
+    ]
+
+
+def _describe_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: _plain(value) for key, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_slice(name) for name in file.keys()}
+            shapes = {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in tensors.items()}
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    return {"bytes": path.stat().st_size, "metadata": metadata, "tensors": shapes}
+
+
+def _statistics(tensor: torch.Tensor) -> str:
+    values = tensor.float()
+    return f"{list(tensor.shape)} mean {values.mean():.4f} min {values.min():.4f} max {values.max():.4f}"
+
+
+def _plain(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -1,0 +1,34 @@
+"""`adaptive-merge merge`: the merged weights of a run, or those that a recipe starts from, as one file."""
+
+from __future__ import annotations
+
+import json
+
+from adaptive_merge.cli.loading import SOURCES, load_run
+from adaptive_merge.cli.parser import Parser, write
+from adaptive_merge.errors import InputError
+from adaptive_merge.files import save_tensors
+
+__all__ = ["merge"]
+
+
+def merge(arguments: list[str]) -> None:
+    """Write the merged weights of a run or of a configuration as safetensors."""
+    parser = Parser("adaptive-merge merge", description=merge.__doc__)
+    parser.add_argument("source", nargs="+", help=SOURCES)
+    parser.add_argument("--output", default="merged.safetensors", help="file to write (default: merged.safetensors)")
+    options = parser.parse_args(arguments)
+    module = load_run(*options.source)
+    if module.start is not None and module.begun is None:
+        raise InputError(
+            f"recipe {module.recipe!r} has a start, which is solved from images; run `fit` (with --trainer.max_steps 0 "
+            "for the start alone), and merge the run folder"
+        )
+    metadata = {
+        "recipe": module.recipe,
+        "tasks": json.dumps(module.tasks),
+        "experts": json.dumps(module.merged_fingerprints),
+    }
+    tensors = module.merged_state_dict()
+    save_tensors(options.output, tensors, metadata)
+    write(f"wrote {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} entries, to {options.output}")
