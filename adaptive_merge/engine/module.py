@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +14,17 @@ from torch import Tensor, nn
 from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.coefficients.linear import Fixed
-from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.begin import Begun, begin, rebased
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
+from adaptive_merge.engine.scored import ScoredModule
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
-from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
@@ -41,7 +39,7 @@ from adaptive_merge.transforms.base import Transform
 __all__ = ["AdaptiveMerge"]
 
 
-class AdaptiveMerge(pl.LightningModule):
+class AdaptiveMerge(ScoredModule):
     """A merge of experts that learns on unlabelled test batches. Every method is a choice of its parts.
 
     Args:
@@ -120,8 +118,6 @@ class AdaptiveMerge(pl.LightningModule):
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
-        self.view: View = "adapted"
-        self._compares = False
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
         self._parts, self._transforms = identity.of_parts(self, transforms), tuple(transforms)
         self.start = start
@@ -132,16 +128,6 @@ class AdaptiveMerge(pl.LightningModule):
             copy.deepcopy(self.coefficients).rebase(merged)  # refused now, not after the start is solved
         self._data: identity.Identity | None = None
         self._vectors: str | None = None
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Task names, in the order of the bank."""
-        return self.model.tasks
-
-    @property
-    def scored_tasks(self) -> tuple[str, ...]:
-        """The merged tasks and the unseen ones, in the order of the experts."""
-        return self.experts.tasks
 
     @property
     def merged_fingerprints(self) -> dict[str, str]:
@@ -161,11 +147,6 @@ class AdaptiveMerge(pl.LightningModule):
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.views = FrozenViews(self.model, self.experts, self.views.outputs)
         self.views.anchor = begun.anchor
-
-    @property
-    def scored_views(self) -> tuple[View, ...]:
-        """What a run is compared by, in the order of scoring."""
-        return VIEWS if self.begun is None else (*VIEWS[:2], "anchor", *VIEWS[2:])
 
     @property
     def vectors_fingerprint(self) -> str:
@@ -243,40 +224,6 @@ class AdaptiveMerge(pl.LightningModule):
         """From here on one process may merge without the others."""
         self.model.backbone.placement.close()
 
-    def on_validation_epoch_start(self) -> None:
-        """Merge where all processes meet: they may have unequal numbers of batches."""
-        self.views.prepare(self.view)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Count one labelled batch of one task, for the view in force."""
-        task, adapted = batch["task"], self.view == "adapted"
-        expert, source = None, self._source(batch["task"])
-        if self.view == "individual":
-            prediction = self.views.expert(task, batch, source)
-        else:
-            prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
-            if self._compares and self.view != "pretrained" and task in self.tasks and source is not None:
-                expert = self.views.expert(task, batch, source)
-        dict(zip(self.scored_tasks, self.scores))[task].update(prediction, batch["label"], expert)
-        return {"features": prediction.features, "logits": prediction.logits}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `<view>/<task>/accuracy` and the mean over the merged tasks, and start the next count."""
-        # The same tasks on every rank, also on one whose share of a task was empty: `compute` is collective.
-        named = dict(zip(self.scored_tasks, self.scores))
-        shown = [task for task in named if self._source(task) is not None] or list(named)
-        counted = {task: values for task in shown if not (values := named[task].compute())["accuracy"].isnan()}
-        found = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
-        for name, tasks in {"accuracy": self.tasks, "accuracy_unseen": self.unseen}.items():
-            accuracies = [found[f"{task}/accuracy"] for task in tasks if task in counted]
-            found |= {name: torch.stack(accuracies).mean()} if accuracies else {}
-        for key, value in found.items():
-            # Loggers get the accuracies alone; the rest is for `results.json`.
-            self.log(f"{self.view}/{key}", value, logger=None if "accuracy" in key.rsplit("/")[-1] else False)
-        for score in self.scores:
-            score.reset()
-        self.views.release()
-
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """Adam over what learns; none for a run of no steps, which only scores."""
         if self.trainer.max_steps == 0:
@@ -317,15 +264,6 @@ class AdaptiveMerge(pl.LightningModule):
         for adapter in self.model.adapters:
             merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
         return merged
-
-    @contextmanager
-    def viewing(self, view: View) -> Iterator[AdaptiveMerge]:
-        """Validate one of the models; taken in order, what the experts said serves the later ones."""
-        before, self.view, self._compares = self.view, view, True
-        try:
-            yield self
-        finally:
-            self.view, self._compares = before, False
 
     @property
     def method(self) -> dict[str, Any]:
@@ -372,28 +310,6 @@ class AdaptiveMerge(pl.LightningModule):
         self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
         if kept:
             self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
-
-    @property
-    def _stream(self) -> TaskStream | None:
-        """The trainer's data module, where it is a stream of ours."""
-        data = getattr(self._trainer, "datamodule", None)
-        return data if isinstance(data, TaskStream) else None
-
-    @property
-    def _processes(self) -> int:
-        return self._trainer.world_size if self._trainer else 1
-
-    def _owns_tasks(self) -> bool:
-        """Whether each process takes whole tasks."""
-        return self._processes > 1 and self._stream is not None and self._stream.share == "tasks"
-
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        many = self._processes > 1
-        return self.trainer.strategy.reduce(value.detach(), reduce_op="mean") if many else value.detach()
-
-    def _source(self, task: str) -> Any:
-        """The images that a batch's indices point into; None in a loop without a TaskStream."""
-        return self._stream.images.get(task) if self._stream else None
 
 
 class _CloseBank(pl.Callback):
