@@ -37,7 +37,7 @@ _PARTS = ("transforms", "coefficients", "adapters", "objectives", "starts")
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         parts = [importlib.import_module(f"adaptive_merge.{part}").__all__ for part in _PARTS]
-        return sorted({*_HOME_OF, *(name for part in parts for name in part)}) + ["__version__"]
+        return sorted({*_HOME_OF, *(name for part in parts for name in part if name[0].isupper())}) + ["__version__"]
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"adaptive_merge.{_HOME_OF[name]}"), name)
     # Capitals only: `adaptive_merge.data` and the like are looked up here before they are imported.

@@ -31,7 +31,7 @@ from adaptive_merge.merge.placement import BankKind
 from adaptive_merge.merge.rule import Rule
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Objective, Prediction
-from adaptive_merge.objectives.entropy import Entropy
+from adaptive_merge.objectives.certainty import Entropy
 from adaptive_merge.schedule import Stage, at_step
 from adaptive_merge.starts.base import Start
 from adaptive_merge.transforms.base import Transform

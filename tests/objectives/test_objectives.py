@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import adaptive_merge as am
 from adaptive_merge.errors import InputError
 from adaptive_merge.objectives.base import Prediction
-from adaptive_merge.objectives.entropy import Entropy
+from adaptive_merge.objectives.certainty import Entropy
 from adaptive_merge.objectives.functional import entropy, feature_distance, jensen_shannon, normalised_entropy
 from adaptive_merge.objectives.taught import ExpertDivergence, FeatureDistance, PseudoLabel
 
