@@ -140,7 +140,7 @@ NAMES = {
     "adaptive_merge.data.protocols.Holdout": "Holdout",
     "adaptive_merge.transforms.ties.Ties": "Ties",
     "adaptive_merge.adapters.surgery.FeatureSurgery": "FeatureSurgery",
-    "adaptive_merge.objectives.certainty": "entropy",
+    "adaptive_merge.objectives.entropy": "entropy",
     "adaptive_merge.objectives.Entropy.keep": "Entropy.keep",
     "mine.objectives.Entropy": "mine.objectives.Entropy",
     "adaptive_merge_more.Entropy": "adaptive_merge_more.Entropy",
