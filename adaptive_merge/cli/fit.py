@@ -178,6 +178,11 @@ class AdaptiveMergeCLI(LightningCLI):
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():
             settings.ckpt_path = str(last)
+        elif settings.run.if_exists == "resume" and (self.folder / "results.json").is_file():
+            raise InputError(
+                f"{self.folder} holds the results of a run but no checkpoint to go on from; choose another --run.name, "
+                "or replace the run with --run.if_exists overwrite"
+            )
         elif settings.run.if_exists == "refuse" and not _lies_in(settings.ckpt_path, self.folder):
             refuse_run(self.folder)
         self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0

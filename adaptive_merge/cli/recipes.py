@@ -36,9 +36,13 @@ def _header(path: Path) -> tuple[str, str]:
 
 
 def _learns(model: Mapping[str, Any] | None) -> str:
-    """The parts that training changes, by the names of their classes; empty for what is no method."""
+    """The start and the parts that training changes, by the names of their classes; empty for what is no method."""
     if model is None:
         return ""
-    parts = [model["coefficients"], *model.get("adapters", ())]
-    names = [part if isinstance(part, str) else part["class_path"] for part in parts]
-    return f"Learns: {', '.join(name for name in names if name != 'Fixed') or 'nothing'}."
+    names = [_class(part) for part in (model["coefficients"], *model.get("adapters", ()))]
+    begins = f"Starts with: {_class(model['start'])}. " if "start" in model else ""
+    return f"{begins}Learns: {', '.join(name for name in names if name != 'Fixed') or 'nothing'}."
+
+
+def _class(part: Any) -> str:
+    return part if isinstance(part, str) else part["class_path"]

@@ -201,11 +201,12 @@ def _first(model: AdaptedModel, problem: Problem, stream: TaskStream) -> dict[st
     weights = problem.experts.layout.unflatten(problem.anchor.to(model.backbone.device))
     predicted: dict[str, tuple[Tensor, Tensor]] = {}
     for task in problem.experts.tasks:
-        rows = [
-            (index, model(task, images.to(model.backbone.device), weights, adapted=False).logits.argmax(-1).int())
-            for index, images in stream.start_batches(task)
-        ]
-        predicted[task] = (torch.cat([index for index, _ in rows]), torch.cat([said.cpu() for _, said in rows]))
+        indices, classes = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.int32)]
+        for index, images in stream.start_batches(task):
+            logits = model(task, images.to(model.backbone.device), weights, adapted=False).logits
+            indices.append(index)
+            classes.append(model.heads[task].predict(logits).int().cpu())
+        predicted[task] = (torch.cat(indices), torch.cat(classes))
     return predicted
 
 

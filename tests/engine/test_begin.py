@@ -142,6 +142,16 @@ def test_a_run_keeps_its_start_and_goes_on_to_the_same_bits(work, capsys):
     assert "has a start, which is solved from images" in capsys.readouterr().err
 
 
+def test_results_without_a_checkpoint_are_not_resumed_over(work, capsys):
+    assert main(["fit", "--config", "begun.yaml", "--trainer.max_steps", "0"]) == 0
+    folder = Path("runs/begun")
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["fit", "--config", "begun.yaml", "--run.if_exists", "resume"]) == 2
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+    assert kept == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_damaged_start_is_refused(work, capsys):
     assert main(["fit", "--config", "begun.yaml", "--trainer.max_steps", "0"]) == 0
     path = Path("runs/begun/start.safetensors")
