@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["replacing", "save_json", "save_tensors", "shipped"]
+__all__ = ["replacing", "save_json", "save_tensors", "save_text", "shipped"]
 
 
 @contextmanager
@@ -52,8 +52,13 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 def save_json(path: str | Path, content: Any) -> None:
     """Write JSON, atomically, indented for people."""
+    save_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write text in UTF-8, atomically."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(text, encoding="utf-8")
 
 
 def shipped() -> Path:

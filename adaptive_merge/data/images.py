@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -15,27 +15,31 @@ __all__ = ["Images", "LazyImages"]
 
 
 class Images:
-    """Test images of a task as uint8, with labels that only evaluation reads.
+    """Test images of a task as uint8, with labels, where there are any, that only evaluation reads.
 
     Args:
         pixels: uint8 [N, H, W] (gray) or [N, H, W, 3].
-        labels: int64 [N], class of each image.
-        classes: class names; labels lie in [0, len(classes)).
+        labels: int64 [N], class of each image. Without labels a run is scored by its agreement with the experts.
+        classes: class names, where they are known; labels lie in [0, len(classes)).
         fingerprint: of shape and pixels, where it is known already: that of a memory-mapped file would read it all.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], fingerprint: str | None = None) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor | None = None,
+        classes: Sequence[str] = (),
+        fingerprint: str | None = None,
+    ) -> None:
         if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4):
             raise InputError(
                 f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {tuple(pixels.shape)}"
             )
         if len(pixels) == 0:
             raise InputError("the data set is empty: there is no image to adapt on")
-        if len(labels) != len(pixels):
-            raise InputError(f"{len(pixels)} images but {len(labels)} labels; give one label for each image")
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise InputError(f"labels lie in [{labels.min()}, {labels.max()}] but there are {len(classes)} classes")
-        self.pixels, self.labels, self.classes = pixels, labels, classes
+        if labels is not None:
+            _check_labels(labels, len(pixels), len(classes))
+        self.pixels, self.labels, self.classes = pixels, labels, list(classes)
         if fingerprint is not None:
             self.fingerprint = fingerprint
 
@@ -53,6 +57,13 @@ class Images:
         digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
         digest.update(memoryview(self.pixels.contiguous().numpy()))
         return digest.hexdigest()
+
+
+def _check_labels(labels: Tensor, images: int, classes: int) -> None:
+    if len(labels) != images:
+        raise InputError(f"{images} images but {len(labels)} labels; give one label for each image, or none at all")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"labels lie in [{labels.min()}, {labels.max()}] but there are {classes} classes")
 
 
 class LazyImages(Mapping[str, Images]):

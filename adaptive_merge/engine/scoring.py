@@ -23,7 +23,8 @@ class TaskScore(Metric):
     """Sums over the units (images) of one task, exact for any number of processes.
 
     `compute` gives `accuracy`, which is the head's metric, and `ece`, the expected calibration error (Guo et al., ICML
-    2017) over 15 bins of equal width, both in [0, 1], and the `CRITERIA` where the expert's predictions were given.
+    2017) over 15 bins of equal width, both in [0, 1], where labels were given, and the `CRITERIA` where the expert's
+    predictions were; nothing where no image was counted.
 
     Args:
         head: of the task.
@@ -40,9 +41,17 @@ class TaskScore(Metric):
         self.add_state("bins", torch.zeros(3, _BINS), dist_reduce_fx="sum")
         self.add_state("compared", torch.zeros(1 + len(CRITERIA)), dist_reduce_fx="sum")
 
-    def update(self, ours: Prediction, labels: Tensor, expert: Prediction | None = None) -> None:
+    def update(self, ours: Prediction, labels: Tensor | None, expert: Prediction | None = None) -> None:
         """Add a batch: logits [U, C] against labels [U], and against what the expert says about the same images."""
-        predicted, labels = self._predict(ours.logits), labels.flatten()
+        predicted = self._predict(ours.logits)
+        if labels is not None:
+            self._count(ours, predicted, labels.flatten())
+        if expert is not None and len(predicted):
+            agreed = (predicted == self._predict(expert.logits)).float().mean()
+            found = [agreed, jensen_shannon(ours.logits, expert.logits).mean(), normalised_entropy(ours.logits)]
+            self.compared = self.compared + len(predicted) * torch.stack([torch.ones_like(agreed), *found])
+
+    def _count(self, ours: Prediction, predicted: Tensor, labels: Tensor) -> None:
         if len(predicted) != len(labels):
             raise InputError(
                 f"{len(labels)} labels for {len(predicted)} predictions: give a label for each row of the head's logits"
@@ -55,15 +64,13 @@ class TaskScore(Metric):
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence])
         # Not in place: `reset` may have made the sums in inference mode.
         self.bins = self.bins.index_add(1, place, rows)
-        if expert is not None:
-            agreed = (predicted == self._predict(expert.logits)).float().mean()
-            found = [agreed, jensen_shannon(ours.logits, expert.logits).mean(), normalised_entropy(ours.logits)]
-            self.compared = self.compared + len(labels) * torch.stack([torch.ones_like(agreed), *found])
 
     def compute(self) -> dict[str, Tensor]:
         """Name → value."""
         units, correct, confidence = self.bins
-        found = {"accuracy": self.metric.compute(), "ece": (correct - confidence).abs().sum() / units.sum()}
+        found = {}
+        if units.sum():
+            found = {"accuracy": self.metric.compute(), "ece": (correct - confidence).abs().sum() / units.sum()}
         if self.compared[0]:
             found |= dict(zip(CRITERIA, self.compared[1:] / self.compared[0]))
         return found

@@ -1,4 +1,4 @@
-"""A form that a user adds in a file of its own is read like those that ship; here a difference, which needs the base."""
+"""A form that a user adds in a file of its own is read like those that ship; here one that needs the base."""
 
 from __future__ import annotations
 
