@@ -7,7 +7,8 @@ from typing import Any
 
 from adaptive_merge.report.style import printable
 from adaptive_merge.runs.reading import Run
-from adaptive_merge.runs.results import MEASURES, MOST_WARNINGS, footing, uses_labels
+from adaptive_merge.runs.record import MEASURES
+from adaptive_merge.runs.results import MOST_WARNINGS, footing, uses_labels
 
 __all__ = [
     "ORACLE",

@@ -11,9 +11,11 @@ import numpy as np
 
 from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.errors import InputError, MissingFileError
-from adaptive_merge.runs.results import MEASURES
 
-__all__ = ["read_record"]
+__all__ = ["MEASURES", "read_record"]
+
+MEASURES = {"accuracy": "accuracy", "agreement": "agreement with the experts (no labels)"}
+"""What models are compared by, and how people are told."""
 
 
 def read_record(path: Path, notes: list[str]) -> dict[str, Any]:

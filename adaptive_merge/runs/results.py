@@ -20,9 +20,9 @@ from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.scoring import CRITERIA
 from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.runs.online import prequential
+from adaptive_merge.runs.record import MEASURES
 
 __all__ = [
-    "MEASURES",
     "MOST_WARNINGS",
     "SCHEMA",
     "evaluate",
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 SCHEMA = 1
-MEASURES = {"accuracy": "accuracy", "agreement": "agreement with the experts (no labels)"}
 MOST_WARNINGS = 100  # of the guard, in its record
 _PACKAGES = ("adaptive_merge", "torch", "torchvision", "pytorch-lightning", "open_clip_torch", "torchmetrics")
 
