@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from adaptive_merge.cli.configs import suite_name
 from adaptive_merge.cli.loading import SOURCES, load_run
 from adaptive_merge.cli.parser import Parser, write
+from adaptive_merge.errors import AdaptiveMergeError
 from adaptive_merge.export.formats import FORMATS
+from adaptive_merge.export.hub import check_repository, push
 from adaptive_merge.export.model import export_model
 from adaptive_merge.export.verify import IMAGES
+from adaptive_merge.suites.clip_folder import KIND, read_clip_suite
+from adaptive_merge.suites.clip_suite import ClipSuite
+from adaptive_merge.suites.loading import folder_of, read_manifest
+from adaptive_merge.weights.text_tower import read_text_tower
 
 __all__ = ["export"]
 
@@ -23,9 +31,17 @@ def export(arguments: list[str]) -> None:
     parser.add_argument(
         "--task", help="this task's own model, tints folded in; default: the merge that all tasks share"
     )
-    parser.add_argument("--text", help="open_clip only: a full CLIP whose text tower the folder is to have")
+    parser.add_argument(
+        "--text",
+        help="open_clip only: a full CLIP whose text tower the folder is to have (default: the suite's, if it has one)",
+    )
     parser.add_argument("--verify", action="store_true", help=f"load it again and compare on {IMAGES} images")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the hub as well")
+    parser.add_argument("--private", action="store_true", help="--push makes a private repository")
     options = parser.parse_args(arguments)
+    if options.push:
+        check_repository(options.push)
+    suite = _suite(options.run)
     results = Path(options.run[0]) / "results.json"
     sources = " ".join(Path(run).name for run in options.run)
     shown = [f"--format {options.format}"] + [f"--task {options.task}"] * bool(options.task)
@@ -34,9 +50,38 @@ def export(arguments: list[str]) -> None:
         options.output,
         options.format,
         task=options.task,
-        text=options.text,
+        text=options.text or (_text_of(suite) if options.format == "open_clip" else None),
         check=options.verify,
         results=json.loads(results.read_text()) if results.is_file() else None,
         command=f"adaptive-merge export {sources} {' '.join(shown)} --output FOLDER",
+        base_models=_hub_names(suite) if suite else (),
     )
     write(message)
+    if options.push:
+        write(f"pushed to {push(options.output, options.push, options.private)}")
+
+
+def _suite(sources: Sequence[str]) -> ClipSuite | None:
+    """What the run's suite is made of; None where it is none of CLIP."""
+    config = Path(sources[0]) / "config.yaml"
+    folder = folder_of(suite_name([str(config)] if config.is_file() else sources))
+    manifest = read_manifest(folder)
+    return read_clip_suite(folder, manifest) if manifest.get("kind") == KIND else None
+
+
+def _text_of(suite: ClipSuite | None) -> str | None:
+    """A full CLIP that the suite names; None where what it names has no text tower under open_clip's names."""
+    for source in (suite.text, suite.pretrained) if suite else ():
+        try:
+            if source and read_text_tower(source):
+                return source
+        except AdaptiveMergeError:
+            continue
+    return None
+
+
+def _hub_names(suite: ClipSuite) -> list[str]:
+    """The pre-trained model and the experts, as far as they are on the hub."""
+    sources = [suite.pretrained, *map(suite.expert_path, suite.tasks)]
+    names = [source.removeprefix("hf-hub:").partition("@")[0] for source in sources if source.startswith("hf-hub:")]
+    return list(dict.fromkeys(names))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -36,13 +36,27 @@ _LOGITS: Final = "Logits of {} are `{}` with its tensors of `heads.safetensors`.
 _IN_GRAPH: Final = "The graph ends in the task's logits; its head and all that the task has of its own are inside."
 
 
-def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verified: str, command: str) -> None:
+_MEASURED: Final = {
+    "accuracy": "Accuracies are top-1 in % on test images.",
+    "agreement": "Without labels: in % of the test images, agreement with the task's expert.",
+}
+
+
+def write_card(
+    job: Job,
+    format: str,
+    results: Mapping[str, Any] | None,
+    verified: str,
+    command: str,
+    base_models: Sequence[str] = (),
+) -> None:
     """Write `README.md` beside the model.
 
     Args:
         results: the run's `results.json`, for the accuracies; None leaves them out.
         verified: what the comparison found.
         command: how the folder was made.
+        base_models: names on the hub of the models that were merged.
     """
     module, backbone = job.module, job.module.model.backbone
     height, width = image_size(backbone)
@@ -52,6 +66,8 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
     numbers = sum(value.numel() for value in module.coefficients.parameters())
     content = text.substitute(
         library=_LIBRARY[format],
+        base_models=_base_models(base_models),
+        measured=_MEASURED[(results or {}).get("measure", "accuracy")],
         title=f"{_plain(module.recipe)}: {len(module.tasks)} experts in one model",
         summary=f"A merge of {len(module.tasks)} fine-tuned image encoders, adapted on unlabelled test images.",
         protocol=_protocol(results),
@@ -76,6 +92,13 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
     )
     with replacing(job.folder / "README.md") as partial:
         partial.write_text(content, encoding="utf-8")
+
+
+def _base_models(names: Sequence[str]) -> str:
+    """The card's metadata by which the hub draws the family of a merge; a line each."""
+    if not names:
+        return ""
+    return "".join(["base_model:\n", *(f"- {name}\n" for name in names), "base_model_relation: merge\n"])
 
 
 def _tasks(tasks: tuple[str, ...], results: Mapping[str, Any] | None) -> str:

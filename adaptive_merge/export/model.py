@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ def export_model(
     check: bool = True,
     results: Mapping[str, Any] | None = None,
     command: str = "adaptive_merge.export.export_model(...)",
+    base_models: Sequence[str] = (),
 ) -> str:
     """Write the model, its heads, the adapter file and a card into a new folder; returns what was done, in words.
 
@@ -50,6 +51,7 @@ def export_model(
         check: load the folder again and compare it on 32 images.
         results: content of `results.json`, for the card.
         command: for the card.
+        base_models: names on the hub of the pre-trained model and its experts, for the card.
 
     Raises:
         InputError: the folder is taken; the format cannot express the model; the comparison failed.
@@ -65,7 +67,7 @@ def export_model(
     training = module.training
     module.eval()
     try:
-        told = _fill(Job(module, folded, task, partial, text), format, check, results, command)
+        told = _fill(Job(module, folded, task, partial, text), format, check, results, command, base_models)
         if folder.is_dir():
             folder.rmdir()
         os.replace(partial, folder)
@@ -75,7 +77,14 @@ def export_model(
     return f"wrote {format} to {folder}; {told}"
 
 
-def _fill(job: Job, format: str, check: bool, results: Mapping[str, Any] | None, command: str) -> str:
+def _fill(
+    job: Job,
+    format: str,
+    check: bool,
+    results: Mapping[str, Any] | None,
+    command: str,
+    base_models: Sequence[str],
+) -> str:
     FORMATS[format](job)
     write_heads(job)
     save_adapters(job.module, job.folder / "adapters.safetensors")
@@ -83,7 +92,7 @@ def _fill(job: Job, format: str, check: bool, results: Mapping[str, Any] | None,
     if check:
         load_sealed(job.folder / "adapters.safetensors")
         told = f"largest difference {verify(job, format):.1e}"
-    write_card(job, format, results, told, command)
+    write_card(job, format, results, told, command, base_models)
     return f"{told} on {IMAGES} images" if check else told
 
 
