@@ -17,6 +17,7 @@ _HOMES = {
     "engine.module": ["AdaptiveMerge"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
     "export": ["export_model", "load_adapters", "save_adapters"],
+    "adapters.dense": ["DenseHead", "MeanIoU"],
     "adapters.heads": ["CosineHead", "Head", "LinearHead"],
     "merge": ["MergedBackbone", "TaskVectors"],
     "objectives.base": ["Prediction"],

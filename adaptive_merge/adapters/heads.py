@@ -35,6 +35,9 @@ class Head(nn.Module, ABC):
     unit: ClassVar[bool] = False
     """Whether it looks at the direction of features only: it is then given features of length 1."""
 
+    tokens: int = 1
+    """How many tokens of equal width the features of an image are, one after the other; adapters treat them alike."""
+
     formula: ClassVar[str] = "code of its own"
     """How logits follow from features and the tensors of its `state_dict`, for people who load an export."""
 
