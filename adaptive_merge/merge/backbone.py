@@ -54,7 +54,8 @@ class MergedBackbone(nn.Module):
     its `state_dict`, which holds the rule's parameters alone.
 
     Args:
-        backbone: any module that maps a batch to features [B, d].
+        backbone: any module that maps a batch to features [B, d], or to an output with fields, as those of Hugging
+            Face: of these `image_embeds` is taken, else `pooler_output`.
         task_vectors: the bank; its names are those of `backbone.named_parameters()`.
         coefficients: the rule of the merge, such as `LayerWise()`; bound to the bank here.
         bank: where the bank lives while it is merged: `"resident"`, `"streamed"` or `"sharded"`, see `placement`.
@@ -193,9 +194,10 @@ class MergedBackbone(nn.Module):
             return self.forward(images.new_zeros((1, *images.shape[1:])), parameters, edits)[:0]
         weights = dict(self.merge() if parameters is None else parameters) | self.constants
         with _hooked(self.skeleton, edits):
-            return torch.func.functional_call(
+            output = torch.func.functional_call(
                 self.skeleton, weights, (self.normalise(images),), tie_weights=self.tied, strict=True
             )
+        return output if isinstance(output, Tensor) else _features(output)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in uint8 as the tower wants them; any others as they are."""
@@ -225,6 +227,18 @@ class MergedBackbone(nn.Module):
         self.placement.to(device)
         self.constants = {name: buffer.to(device) for name, buffer in self.constants.items()}
         return self
+
+
+def _features(output: Any) -> Tensor:
+    """Features of an output with fields."""
+    for name in ("image_embeds", "pooler_output"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    raise InputError(
+        f"the backbone gives a {type(output).__name__}, expected features [B, d]: a tensor, or an output with "
+        "`image_embeds` or `pooler_output`; wrap the backbone in a module that picks its features"
+    )
 
 
 @contextmanager
