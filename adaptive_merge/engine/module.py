@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.engine import identity
+from adaptive_merge.engine.batches import check_batch
 from adaptive_merge.engine.begin import Begun, begin, rebased
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
@@ -22,7 +24,7 @@ from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.scored import ScoredModule
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
-from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
+from adaptive_merge.engine.strategy import bound_waiting, closing, one_epoch, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
@@ -177,6 +179,7 @@ class AdaptiveMerge(ScoredModule):
 
         What the model said about the images, before it learns from them, is in `said`: task → logits [B, C].
         """
+        check_batch(batch, self.tasks, self._owns_tasks())
         objective = self._enter(self.stage)
 
         def expert(task: str) -> Prediction:
@@ -196,6 +199,12 @@ class AdaptiveMerge(ScoredModule):
         self._nothing_kept &= bool(step.kept) and not any(step.kept.values())
         return loss
 
+    def on_train_start(self) -> None:
+        """Say what is merged and what learns; a stream without an end is one epoch."""
+        frozen = f"{len(self.tasks)} experts of {self.experts.layout.numel:,} parameters are merged, all frozen"
+        rank_zero_info(f"{frozen}; {sum(one.numel() for one in self.learned):,} parameters learn")
+        one_epoch(self.trainer, self._stream)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Where no image was kept on any process: without gradients Adam leaves everything alone, moments included."""
         if self._nothing_kept:
@@ -204,7 +213,7 @@ class AdaptiveMerge(ScoredModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """One for what modules have no hook for; this is also the last hook before the processes form their group."""
         bound_waiting(self.trainer.strategy)
-        return [_CloseBank()]
+        return closing(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
@@ -310,11 +319,3 @@ class AdaptiveMerge(ScoredModule):
         self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
         if kept:
             self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
-
-
-class _CloseBank(pl.Callback):
-    """After an error a process merges alone again: it may have something to save."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(pl_module, AdaptiveMerge):
-            pl_module.model.backbone.placement.close()
