@@ -64,7 +64,7 @@ def test_fit_then_validate_says_what_learns_and_nothing_of_callbacks_or_epochs(
     toy, bank, heads, images, caplog, capsys
 ):
     module, stream = am.AdaMerging(bank, toy, heads), am.TaskStream(images, 4)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="pytorch_lightning.utilities.rank_zero"):
         trainer = pl.Trainer(max_steps=2, **QUIET)
         trainer.fit(module, datamodule=stream)
         trainer.validate(module, datamodule=stream, verbose=False)
