@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
@@ -43,11 +44,11 @@ def cart(tensors: Tensor, rank: float, scale: float) -> Tensor:
 
     Only the weights in the blocks (attention and MLP) are cut; of everything else the centred vectors sum to zero.
     """
-    mean = tensors.mean(0)
-    centred = tensors - mean
+    mean = tensors.mean(0, dtype=torch.float64)
+    centred = tensors - mean  # float64, and from here on changed in place
     if rank < 1:
         for matrix in centred:
             u, s, vt = svd(matrix)
             kept = int(rank * len(s))
             matrix.copy_((u[:, :kept] * s[:kept]) @ vt[:kept])
-    return mean / len(tensors) + scale * centred
+    return centred.mul_(scale).add_(mean / len(tensors))

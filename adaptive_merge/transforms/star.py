@@ -39,7 +39,7 @@ def star(matrices: Tensor, eta: float) -> Tensor:
 
     R is one more than the number of leading values that sum to less than eta percent of all; zero stays zero.
     """
-    found = torch.zeros_like(matrices)
+    found = torch.zeros_like(matrices, dtype=torch.float64)
     for row, matrix in zip(found, matrices):
         u, s, vt = svd(matrix)
         partial_sums = s.cumsum(0)

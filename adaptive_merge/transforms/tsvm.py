@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
-from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, polar, svd
+from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, polar, stacked, svd
 
 __all__ = ["TSVM", "tsvm"]
 
@@ -44,7 +44,7 @@ def tsvm(matrices: Tensor) -> Tensor:
     lefts, values, rights = zip(*map(partial(_leading, kept=kept), matrices))
     left, right = polar(torch.cat(lefts, 1)), polar(torch.cat(rights, 1))
     scaled = left * torch.cat(values)
-    return torch.stack([u @ v.T for u, v in zip(scaled.split(kept, 1), right.split(kept, 1))])
+    return stacked(matrices, (u @ v.T for u, v in zip(scaled.split(kept, 1), right.split(kept, 1))))
 
 
 def _leading(matrix: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,7 @@ class WUDI(Transform):
 
 def wudi(matrices: Tensor, steps: int, lr: float) -> Tensor:
     """τₜ + (M − Σₜ τₜ)/T for matrices [T, m, n]; tasks that have moved nothing have no say."""
+    matrices = matrices.double()
     merged = matrices.sum(0)
     start = merged.clone()
     squares = matrices.square().sum((1, 2))
