@@ -24,6 +24,7 @@ from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
+from adaptive_merge.engine.transformed import transformed
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
@@ -106,8 +107,7 @@ class AdaptiveMerge(ScoredModule):
         if not kept:
             raise InputError("all tasks are left out; keep at least one to merge and to adapt on")
         merged = task_vectors.select(kept) if unseen else task_vectors
-        for transform in transforms:
-            merged = transform(merged)
+        merged = transformed(merged, transforms)
         self.model = AdaptedModel(
             MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
         )

@@ -29,6 +29,10 @@ class CART(Transform):
         qkv: `"fused"`, as published, or `"split"`: Q, K and V as matrices of their own.
     """
 
+    takes = "own"
+    joint = True
+    published = 1.0
+
     def __init__(self, rank: float = 0.12, scale: float = 2.0, qkv: QKV = "fused") -> None:
         if not 0 <= rank <= 1:
             raise InputError(f"CART keeps a share of the singular values in [0, 1], got rank {rank}")

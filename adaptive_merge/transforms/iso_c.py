@@ -29,6 +29,10 @@ class IsoC(Transform):
         qkv: `"fused"`, as published, or `"split"`: Q, K and V as matrices of their own.
     """
 
+    takes = "own"
+    joint = True
+    published = 0.7
+
     def __init__(self, floor: float = 0.0, qkv: QKV = "fused") -> None:
         self.floor, self.qkv = check_floor(floor), check_qkv(qkv)
 

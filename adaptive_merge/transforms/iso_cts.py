@@ -29,6 +29,10 @@ class IsoCTS(Transform):
         qkv: `"fused"`, as published, or `"split"`: Q, K and V as matrices of their own.
     """
 
+    takes = "own"
+    joint = True
+    published = 0.7
+
     def __init__(self, common: float = 0.8, floor: float = 0.0, qkv: QKV = "fused") -> None:
         if not 0 <= common <= 1:
             raise InputError(f"Iso-CTS keeps a share of common directions in [0, 1], got common {common}")

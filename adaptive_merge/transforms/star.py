@@ -25,6 +25,8 @@ class STAR(Transform):
         qkv: `"fused"` or `"split"`: Q, K and V as matrices of their own.
     """
 
+    published = "average"
+
     def __init__(self, eta: float = 40.0, qkv: QKV = "fused") -> None:
         if not 0 < eta <= 100:
             raise InputError(f"STAR keeps a part of the nuclear norm in (0, 100] percent, got eta {eta}")

@@ -25,6 +25,10 @@ class TSVM(Transform):
         qkv: `"fused"`, as published, or `"split"`: Q, K and V as matrices of their own.
     """
 
+    takes = "own"
+    joint = True
+    published = 1.0
+
     def __init__(self, qkv: QKV = "fused") -> None:
         self.qkv = check_qkv(qkv)
 

@@ -28,6 +28,10 @@ class WUDI(Transform):
         qkv: `"fused"`, as the authors ran open_clip, or `"split"`: Q, K and V as matrices of their own.
     """
 
+    takes = "own"
+    joint = True
+    published = 1.0
+
     def __init__(self, steps: int = 300, lr: float = 1e-5, qkv: QKV = "fused") -> None:
         if steps < 0 or lr <= 0:
             raise InputError(f"WUDI needs steps ≥ 0 and lr > 0, got {steps} and {lr}")
