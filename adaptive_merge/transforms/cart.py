@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
-from adaptive_merge.transforms.matrices import QKV, by_matrix, check_qkv, svd
+from adaptive_merge.transforms.matrices import QKV, by_matrix, check_qkv, leading
 
 __all__ = ["CART", "cart"]
 
@@ -52,7 +52,6 @@ def cart(tensors: Tensor, rank: float, scale: float) -> Tensor:
     centred = tensors - mean  # float64, and from here on changed in place
     if rank < 1:
         for matrix in centred:
-            u, s, vt = svd(matrix)
-            kept = int(rank * len(s))
-            matrix.copy_((u[:, :kept] * s[:kept]) @ vt[:kept])
+            u, s, v = leading(matrix, int(rank * min(matrix.shape)))
+            matrix.copy_((u * s) @ v.T)
     return centred.mul_(scale).add_(mean / len(tensors))

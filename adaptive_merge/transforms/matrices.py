@@ -13,7 +13,19 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["QKV", "RANK_TOLERANCE", "Piece", "average", "by_matrix", "check_qkv", "pieces", "polar", "stacked", "svd"]
+__all__ = [
+    "QKV",
+    "RANK_TOLERANCE",
+    "Piece",
+    "average",
+    "by_matrix",
+    "check_qkv",
+    "leading",
+    "pieces",
+    "polar",
+    "stacked",
+    "svd",
+]
 
 QKV = Literal["fused", "split"]
 """Whether `in_proj_weight` [3d, d] of attention counts as one matrix, or as the three of Q, K and V."""
@@ -113,6 +125,23 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v, s, ut = torch.linalg.svd(matrix.T, full_matrices=False)
         return ut.T, s, v.T
     return torch.linalg.svd(matrix, full_matrices=False)
+
+
+def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `count` left vectors [m, k], singular values [k] and right vectors [n, k] of a matrix, in float64.
+
+    From the eigenvectors of its Gram matrix, in half the time of a decomposition. Directions that the matrix does not
+    have, up to `RANK_TOLERANCE`, are arbitrary on one side and not of length 1 on the other.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        v, s, u = leading(matrix.T, count)
+        return u, s, v
+    matrix = matrix.double()
+    _, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    v = vectors[:, vectors.shape[1] - count :].flip(1)
+    u = matrix @ v
+    s = u.norm(dim=0)  # of small values more exact than the roots of the eigenvalues
+    return torch.where(s > 0, u / s, 0.0), s, v
 
 
 def polar(matrix: Tensor) -> Tensor:

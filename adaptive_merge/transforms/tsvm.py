@@ -13,7 +13,16 @@ from torch import Tensor
 
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
-from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, polar, stacked, svd
+from adaptive_merge.transforms.matrices import (
+    QKV,
+    RANK_TOLERANCE,
+    average,
+    by_matrix,
+    check_qkv,
+    leading,
+    polar,
+    stacked,
+)
 
 __all__ = ["TSVM", "tsvm"]
 
@@ -53,7 +62,7 @@ def tsvm(matrices: Tensor) -> Tensor:
 
 def _leading(matrix: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first columns of U and V and singular values; zero vectors where the matrix has no more rank."""
-    u, s, vt = svd(matrix)
+    u, s, v = leading(matrix, kept)
     # The vectors of zero values are arbitrary; left in, they would turn those of the other tasks.
-    exists = s[:kept] > RANK_TOLERANCE * s[0]
-    return u[:, :kept] * exists, s[:kept], vt[:kept].T * exists
+    exists = s > RANK_TOLERANCE * s[0]
+    return u * exists, s, v * exists
