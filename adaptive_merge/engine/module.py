@@ -135,14 +135,14 @@ class AdaptiveMerge(ScoredModule):
         return {name: self.experts.fingerprints[name] for name in ("pretrained", *self.tasks)}
 
     @property
-    def _merged_experts(self) -> TaskVectors:
+    def merged_experts(self) -> TaskVectors:
         """The experts in the merge, before any transform."""
         return self.experts.select(self.tasks) if self.unseen else self.experts
 
     def go_on_from(self, begun: Begun) -> None:
         """Merge around a start's solution from now on: coefficients at 0, adapters made anew."""
         self._vectors = self.model.backbone.task_vectors.fingerprint
-        self.model.rebase(rebased(self._merged_experts, begun))
+        self.model.rebase(rebased(self.merged_experts, begun))
         self.begun = begun
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.views = FrozenViews(self.model, self.experts, self.views.outputs)
@@ -215,7 +215,7 @@ class AdaptiveMerge(ScoredModule):
         if stage == "fit":
             self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
         if self.start is not None and self.begun is None:
-            merged = self._merged_experts
+            merged = self.merged_experts
             self.go_on_from(begin(self.start, self.model, merged, self.trainer, self._parts, self.start_folder))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))

@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
-from adaptive_merge.transforms.matrices import QKV, by_matrix, check_qkv, leading
+from adaptive_merge.transforms.matrices import QKV, by_matrix, check_qkv, leading, stacked
 
 __all__ = ["CART", "cart"]
 
@@ -49,7 +49,7 @@ def cart(tensors: Tensor, rank: float, scale: float) -> Tensor:
     Only the weights in the blocks (attention and MLP) are cut; of everything else the centred vectors sum to zero.
     """
     mean = tensors.mean(0, dtype=torch.float64)
-    centred = tensors - mean  # float64, and from here on changed in place
+    centred = stacked(tensors, (tensor.double() - mean for tensor in tensors))  # from here on changed in place
     if rank < 1:
         for matrix in centred:
             u, s, v = leading(matrix, int(rank * min(matrix.shape)))
