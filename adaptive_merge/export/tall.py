@@ -54,7 +54,8 @@ class Kept:
         threshold: λₜ.
         density: share of the entries that its mask keeps.
         agreement: share of the unlabelled images on which expert and rebuilt expert predict the same.
-        rebuilt, expert: accuracies on the scored images. All three None where no image was read.
+        rebuilt, expert: accuracies on the scored images; None where these have no labels, all three where no image
+            was read.
     """
 
     threshold: float
@@ -155,8 +156,9 @@ def _best(
         scores = [(share, -float(jensen_shannon(one, expected).mean())) for share, one in zip(agreed, found)]
         chosen = max(range(len(scores)), key=scores.__getitem__)
         best, measured = candidates[chosen], {"agreement": agreed[chosen]}
-        measured |= {"rebuilt": _accuracy(module, stream, task, best.expert(task))}
-        measured |= {"expert": _accuracy(module, stream, task, expert)}
+        if stream.images[task].labels is not None:
+            measured |= {"rebuilt": _accuracy(module, stream, task, best.expert(task))}
+            measured |= {"expert": _accuracy(module, stream, task, expert)}
     return best.masks[task], Kept(best.thresholds[task], float(best.mask(task).float().mean()), **measured)
 
 
