@@ -26,6 +26,7 @@ from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, closing, one_epoch, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
+from adaptive_merge.engine.transformed import transformed
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
@@ -108,8 +109,7 @@ class AdaptiveMerge(ScoredModule):
         if not kept:
             raise InputError("all tasks are left out; keep at least one to merge and to adapt on")
         merged = task_vectors.select(kept) if unseen else task_vectors
-        for transform in transforms:
-            merged = transform(merged)
+        merged = transformed(merged, transforms)
         self.model = AdaptedModel(
             MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
         )
@@ -137,14 +137,14 @@ class AdaptiveMerge(ScoredModule):
         return {name: self.experts.fingerprints[name] for name in ("pretrained", *self.tasks)}
 
     @property
-    def _merged_experts(self) -> TaskVectors:
+    def merged_experts(self) -> TaskVectors:
         """The experts in the merge, before any transform."""
         return self.experts.select(self.tasks) if self.unseen else self.experts
 
     def go_on_from(self, begun: Begun) -> None:
         """Merge around a start's solution from now on: coefficients at 0, adapters made anew."""
         self._vectors = self.model.backbone.task_vectors.fingerprint
-        self.model.rebase(rebased(self._merged_experts, begun))
+        self.model.rebase(rebased(self.merged_experts, begun))
         self.begun = begun
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.views = FrozenViews(self.model, self.experts, self.views.outputs)
@@ -224,7 +224,7 @@ class AdaptiveMerge(ScoredModule):
         if stage == "fit":
             self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
         if self.start is not None and self.begun is None:
-            merged = self._merged_experts
+            merged = self.merged_experts
             self.go_on_from(begin(self.start, self.model, merged, self.trainer, self._parts, self.start_folder))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))

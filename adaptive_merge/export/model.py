@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +10,7 @@ from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
 from adaptive_merge.export.adapter_file import save_adapters
 from adaptive_merge.export.card import write_card
+from adaptive_merge.export.folder import check_free, new_folder
 from adaptive_merge.export.formats import FORMATS, Job, write_heads
 from adaptive_merge.export.tower import fold
 from adaptive_merge.export.verify import IMAGES, verify
@@ -61,19 +60,13 @@ def export_model(
     folded = fold(module, task)
     if folded.left and format != "onnx":
         raise InputError(_REFUSED[task is None].format(task=task, format=format, reasons="; ".join(folded.left)))
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     training = module.training
     module.eval()
     try:
-        told = _fill(Job(module, folded, task, partial, text), format, check, results, command, base_models)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(partial, folder)
+        with new_folder(folder) as partial:
+            told = _fill(Job(module, folded, task, partial, text), format, check, results, command, base_models)
     finally:
         module.train(training)
-        shutil.rmtree(partial, ignore_errors=True)
     return f"wrote {format} to {folder}; {told}"
 
 
@@ -86,7 +79,7 @@ def _fill(
     base_models: Sequence[str],
 ) -> str:
     FORMATS[format](job)
-    write_heads(job)
+    write_heads(job.folded.heads, job.folder)
     save_adapters(job.module, job.folder / "adapters.safetensors")
     told = "not compared (--verify)"
     if check:
@@ -101,5 +94,4 @@ def _check_request(folder: Path, format: str, text: str | None) -> None:
         raise InputError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
     if text is not None and format != "open_clip":
         raise InputError(f"a text tower belongs into an open_clip folder only, not into {format}; leave out --text")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"`{folder}` exists already; choose another --output, or remove it first")
+    check_free(folder)

@@ -101,7 +101,9 @@ class FactoredVectors:
         """The factors on a device; itself where they are there."""
         if self.device == torch.device(device):
             return self
-        moved = [{name: _map(change, lambda value: value.to(device)) for name, change in c.items()} for c in self.changes]
+        moved = [
+            {name: _map(change, lambda value: value.to(device)) for name, change in c.items()} for c in self.changes
+        ]
         return FactoredVectors(self.layout, moved, self._columns)
 
     def numel(self) -> int:
@@ -121,7 +123,7 @@ class FactoredVectors:
         return digest.hexdigest()
 
     def tensors(self, row: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name → tensor of what is held, for files: `<task>.<parameter>`, then `.<first row>.<place>.high` and `.low`."""
+        """Name → tensor, for files: `<task>.<parameter>`, then `.<first row>.<place>.high` and `.low` of products."""
         for task in range(len(self)) if row is None else (row,):
             for name, change in sorted(self.changes[task].items()):
                 if isinstance(change, Tensor):

@@ -36,6 +36,13 @@ class TaskVectors:
         buffers: what the backbone carries besides parameters; equal in all experts, or their mean.
     """
 
+    folder: Path | None = None
+    """Where it is kept as a file, and with it what is made of it."""
+    made_of: str = ""
+    """Of a bank that was made of another one and read from a file: what that file says it was made of."""
+    published: float | str = 0.3
+    """The equal coefficient of the static merge that the vectors are for: that of task arithmetic, or a transform's."""
+
     # Not a dataclass: jsonargparse would spell its fields out as options instead of taking the object.
     def __init__(
         self, tasks: Iterable[str], layout: Layout, pretrained: Tensor, vectors: Tensor, buffers: Mapping[str, Tensor]
@@ -129,7 +136,9 @@ class TaskVectors:
         """The bank of some tasks only, in the order given."""
         tasks = tuple(tasks)
         rows = self.vectors[[self._row(task) for task in tasks]]
-        return TaskVectors(tasks, self.layout, self.pretrained, rows, self.buffers)
+        selected = TaskVectors(tasks, self.layout, self.pretrained, rows, self.buffers)
+        selected.folder, selected.published = self.folder, self.published
+        return selected
 
     def _row(self, task: str) -> int:
         if task not in self.tasks:
@@ -174,7 +183,7 @@ class TaskVectors:
         row = self.vectors[self._row(task)]
         return self.layout.unflatten(self.pretrained + row.float()) | dict(self.buffers)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, made_of: str = "") -> None:
         """Write the bank to one safetensors file; names, tasks and the fingerprint travel in its header."""
         header = {
             "schema": SCHEMA,
@@ -183,7 +192,7 @@ class TaskVectors:
             "shapes": self.layout.shapes,
             "buffers": list(self.buffers),
             "fingerprint": self.fingerprint,
-        }
+        } | ({"made_of": made_of} if made_of else {})
         tensors = {"pretrained": self.pretrained, "vectors": self.vectors}
         tensors |= {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
         save_tensors(path, tensors, {"adaptive_merge.task_vectors": json.dumps(header)})
@@ -205,6 +214,7 @@ class TaskVectors:
             layout = Layout(tuple(header["names"]), tuple(tuple(shape) for shape in header["shapes"]))
             buffers = {name: tensors[f"buffer.{name}"] for name in header["buffers"]}
             bank = cls(tuple(header["tasks"]), layout, tensors["pretrained"], tensors["vectors"], buffers)
+            bank.made_of = header.get("made_of", "")
             intact = bank.fingerprint == header["fingerprint"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(

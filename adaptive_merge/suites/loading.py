@@ -53,8 +53,8 @@ def load_suite(
         dtype: in which the task vectors are held. `"bfloat16"` halves the bank; merges still add up in float32, over
             pre-trained weights in float32. Each entry of a task vector is rounded by up to 0.4 %, also in the
             experts that teach and are scored.
-        banks: a folder that keeps the bank as a file; it is mapped into memory from there, so that the processes of
-            a node hold it once. Default: each process holds its own.
+        banks: a folder that keeps the bank, and what transforms make of it, as files; they are mapped into memory from
+            there, so that the processes of a node compute and hold them once. Default: each process its own.
         lazy: look for a task's images when they are first asked for. Default: data sets that are missing or damaged are
             met before any weights are read.
 
