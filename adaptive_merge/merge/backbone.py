@@ -183,7 +183,7 @@ class MergedBackbone(nn.Module):
 
         Args:
             images: a batch.
-            parameters: the weights to use; default: `merge()`.
+            parameters: the weights to use, and buffers where they are not the merge's; default: `merge()`.
             edits: submodules and functions that replace their outputs, in this order.
 
         Raises:
@@ -191,7 +191,7 @@ class MergedBackbone(nn.Module):
         """
         if images.shape[0] == 0:  # a process's empty share: towers infer sizes, which of nothing they cannot
             return self.forward(images.new_zeros((1, *images.shape[1:])), parameters, edits)[:0]
-        weights = dict(self.merge() if parameters is None else parameters) | self.constants
+        weights = self.constants | dict(self.merge() if parameters is None else parameters)
         with _hooked(self.skeleton, edits):
             return torch.func.functional_call(
                 self.skeleton, weights, (self.normalise(images),), tie_weights=self.tied, strict=True
@@ -277,5 +277,10 @@ def _check_fit(backbone: nn.Module, task_vectors: TaskVectors) -> None:
     for what, names, own in (("parameter", known, shapes), ("buffer", task_vectors.buffers, owned)):
         surplus = [name for name in names if name not in own]
         if surplus:
-            near = did_you_mean(surplus[0], own)
-            raise InputError(f"the task vectors' {what} {surplus[0]!r} is not in the backbone{near}")
+            remedy = did_you_mean(surplus[0], own)
+            if surplus[0] in owned:
+                remedy = (
+                    " as a parameter but as a buffer; tell `TaskVectors.from_state_dicts` with "
+                    "`buffers=[name for name, _ in backbone.named_buffers()]`"
+                )
+            raise InputError(f"the task vectors' {what} {surplus[0]!r} is not in the backbone{remedy}")
