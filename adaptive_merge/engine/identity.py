@@ -94,6 +94,7 @@ def of_method(module: Any, parts: Identity) -> Identity:
         "weight decay": float(module.weight_decay),
         _EXPERTS: hashlib.sha256(repr(module.merged_fingerprints).encode()).hexdigest(),
         _VECTORS: module.vectors_fingerprint,
+        **({"blocks": module.blocks} if module.blocks else {}),
     }
 
 

@@ -162,15 +162,22 @@ def _subject(adapter: Adapter, task: str | None) -> Any:
 
 
 def _edit_block(
-    task: str | None, adapters: Sequence[Adapter], means: Means, index: int, _: Tensor | None, tokens: Tensor
-) -> Tensor:
+    task: str | None, adapters: Sequence[Adapter], means: Means, index: int, _: Tensor | None, output: Any
+) -> Any:
+    tokens, *others = output if isinstance(output, tuple) else (output,)
+    if tokens.dim() > 3:
+        raise InputError(
+            f"block {index} gives maps of shape {tuple(tokens.shape)}; what is done to blocks needs tokens [B, N, d], "
+            "as vision transformers have them"
+        )
     with _no_autocast(tokens):
         edited = tokens.float()
         for adapter in adapters:
             edited = adapter.block(_subject(adapter, task), index, edited)
         if means is not None:
             means.append(edited.mean(1) if edited.dim() == 3 else edited)
-    return edited.to(tokens.dtype)
+    edited = edited.to(tokens.dtype)
+    return (edited, *others) if isinstance(output, tuple) else edited
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

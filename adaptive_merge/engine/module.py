@@ -68,6 +68,8 @@ class AdaptiveMerge(ScoredModule):
         bank: `"resident"`: the bank is held on each device. `"streamed"`: it stays in host memory and crosses to
             the device piece by piece, twice a step. `"sharded"`: each process holds one slice of it on its device;
             weights and their gradients are exchanged every step. All learn the same.
+        blocks: pattern of the names of the backbone's repeated blocks, * standing for numbers (`layer*.*`), for all
+            that works on blocks; default: told by the parameters' names, see `merge.blocks`.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class AdaptiveMerge(ScoredModule):
         cache: str | None = None,
         unseen: Sequence[str] = (),
         bank: BankKind = "resident",
+        blocks: str | None = None,
     ) -> None:
         super().__init__()
         if accumulate not in ("auto", "joint", "per_task"):
@@ -99,6 +102,8 @@ class AdaptiveMerge(ScoredModule):
         self.recipe, self.accumulate = recipe, accumulate
         self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
         self.betas, self.weight_decay = betas, weight_decay
+        self.blocks = blocks
+        task_vectors = task_vectors if blocks is None else task_vectors.with_blocks(blocks)
         self.experts, self.unseen = task_vectors, tuple(unseen)
         for task in (task for task in self.unseen if task not in task_vectors.tasks):
             raise InputError(f"there is no task {task!r} to leave out{did_you_mean(task, task_vectors.tasks)}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.merge.blocks import in_depth
 from adaptive_merge.merge.placement import BankKind, Placement, place
 from adaptive_merge.merge.rule import Rule, State
 from adaptive_merge.merge.task_vectors import TaskVectors
@@ -161,14 +162,28 @@ class MergedBackbone(nn.Module):
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the tower's repeated blocks, such as `transformer.resblocks.0`, in order."""
-        return tuple(dict.fromkeys(block for block in self.task_vectors.layout.blocks if block))
+        """Names of the tower's repeated blocks, such as `transformer.resblocks.0`, front to back."""
+        return in_depth(self.task_vectors.layout.blocks)
 
     def block_width(self) -> int:
-        """Channels of a block's output: the usual length of its vectors, for norms and output biases have it."""
+        """Channels of every block's output: the usual length of a block's vectors, for norms and biases have it.
+
+        Raises:
+            InputError: there are no blocks, or they are not of one width.
+        """
         layout = self.task_vectors.layout
-        lengths = [shape[0] for shape, block in zip(layout.shapes, layout.blocks) if block and len(shape) == 1]
-        return statistics.mode(lengths)
+        lengths: dict[str, list[int]] = {block: [] for block in layout.depth("what is done to blocks")}
+        for shape, block in zip(layout.shapes, layout.blocks):
+            if block and len(shape) == 1:
+                lengths[block].append(shape[0])
+        widths = {block: statistics.mode(values) for block, values in lengths.items() if values}
+        if len(set(widths.values())) != 1:
+            listed = ", ".join(f"{block} {width}" for block, width in widths.items())
+            raise InputError(
+                f"what is done to blocks needs blocks of one width, this backbone has {listed or 'blocks without norms'}; "
+                "name those of one width with `blocks`, such as 'layer4.*'"
+            )
+        return next(iter(widths.values()))
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import InputError, did_you_mean
 
 __all__ = ["check_expert", "check_finite", "check_models", "differs", "mean", "shared"]
 
@@ -69,7 +69,7 @@ def check_expert(
         raise InputError(f"{owner} is a {type(expert).__name__}; give its state dict, name → tensor")
     for missing in (name for name in pretrained if name not in expert and name.rpartition(".")[2] not in _COUNTERS):
         raise InputError(
-            f"{owner}: tensor {missing!r} is missing{did_youmean(missing, expert)}; "
+            f"{owner}: tensor {missing!r} is missing{did_you_mean(missing, expert)}; "
             "was it fine-tuned from this pre-trained model?"
         )
     for extra in (name for name in expert if name not in pretrained and name.rpartition(".")[2] not in _COUNTERS):

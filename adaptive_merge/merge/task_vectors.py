@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.files import save_tensors
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.state_dicts import check_expert, check_finite, check_models, differs, mean, shared
@@ -155,8 +156,19 @@ class TaskVectors:
 
     def _row(self, task: str) -> int:
         if task not in self.tasks:
-            raise InputError(f"there is no task {task!r} in this bank{did_youmean(task, self.tasks)}")
+            raise InputError(f"there is no task {task!r} in this bank{did_you_mean(task, self.tasks)}")
         return self.tasks.index(task)
+
+    def with_blocks(self, pattern: str | None) -> TaskVectors:
+        """The bank with its repeated blocks named by a pattern such as `layer*.*`, see `Layout`.
+
+        Raises:
+            InputError: no parameter lies in such a block.
+        """
+        layout = replace(self.layout, pattern=pattern)
+        if pattern is not None:
+            layout.depth("`blocks`")
+        return TaskVectors(self.tasks, layout, self.pretrained, self.vectors, self.buffers, self.own)
 
     def with_vectors(self, vectors: Tensor) -> TaskVectors:
         """The bank with other task vectors [T, P]: what a transform returns."""
@@ -223,6 +235,7 @@ class TaskVectors:
             "shapes": self.layout.shapes,
             "buffers": list(self.buffers),
             **({"own": list(self.own)} if self.own else {}),
+            **({"blocks": self.layout.pattern} if self.layout.pattern else {}),
             "fingerprint": self.fingerprint,
         }
         tensors = {"pretrained": self.pretrained, "vectors": self.vectors}
@@ -244,7 +257,8 @@ class TaskVectors:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["adaptive_merge.task_vectors"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            layout = Layout(tuple(header["names"]), tuple(tuple(shape) for shape in header["shapes"]))
+            shapes = tuple(tuple(shape) for shape in header["shapes"])
+            layout = Layout(tuple(header["names"]), shapes, header.get("blocks"))
             buffers = {name: tensors[f"buffer.{name}"] for name in header["buffers"]}
             own = {name: tensors[f"own.{name}"] for name in header.get("own", ())}
             bank = cls(tuple(header["tasks"]), layout, tensors["pretrained"], tensors["vectors"], buffers, own)
