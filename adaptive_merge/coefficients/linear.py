@@ -123,8 +123,8 @@ class Coefficients(Rule):
         """Λ [T, G] as the merge uses it."""
         if self.bounds != "clamp":
             return self.values
-        # `clamp`'s own gradient is 0 on the bounds themselves as well (torch 2.14), where a coefficient that starts at 0
-        # would never move; here it is 1 there.
+        # `clamp`'s own gradient is 0 on the bounds themselves as well (torch 2.14): a coefficient that starts at 0
+        # would never move. Here it is 1 there.
         inside = (self.values >= 0) & (self.values <= 1)
         return torch.where(inside, self.values, self.values.detach().clamp(0, 1))
 

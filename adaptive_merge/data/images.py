@@ -25,14 +25,9 @@ class Images:
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], fingerprint: str | None = None) -> None:
-        if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4):
-            raise InputError(
-                f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {tuple(pixels.shape)}"
-            )
-        if len(pixels) == 0:
-            raise InputError("the data set is empty: there is no image to adapt on")
-        if len(labels) != len(pixels):
-            raise InputError(f"{len(pixels)} images but {len(labels)} labels; give one label for each image")
+        _check_pixels(pixels)
+        _check_labels(labels, len(pixels))
+        labels = labels.long()
         if labels.min() < 0 or labels.max() >= len(classes):
             raise InputError(f"labels lie in [{labels.min()}, {labels.max()}] but there are {len(classes)} classes")
         self.pixels, self.labels, self.classes = pixels, labels, classes
@@ -53,6 +48,39 @@ class Images:
         digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
         digest.update(memoryview(self.pixels.contiguous().numpy()))
         return digest.hexdigest()
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    if not isinstance(pixels, Tensor):
+        raise InputError(f"images must be a uint8 tensor, got {type(pixels).__name__}; torch.from_numpy makes one")
+    shape = tuple(pixels.shape)
+    if pixels.dtype == torch.uint8 and len(shape) == 4 and shape[-1] != 3 and shape[1] in (1, 3):
+        raise InputError(f"images of shape {shape} have their channels first; give `pixels.movedim(1, -1)`")
+    if pixels.dtype != torch.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[-1] != 3):
+        raise InputError(f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {shape}{_cause(pixels)}")
+    if len(pixels) == 0:
+        raise InputError("the data set is empty: there is no image to adapt on")
+
+
+def _cause(pixels: Tensor) -> str:
+    if pixels.is_floating_point():
+        return "; undo the scaling: `(255 * pixels).round().to(torch.uint8)` of values in [0, 1]"
+    if pixels.dtype == torch.uint8 and pixels.dim() == 4:
+        return {1: "; gray is `pixels.squeeze(-1)`", 4: "; leave the alpha channel out, `pixels[..., :3]`"}.get(
+            pixels.shape[-1], ""
+        )
+    return ""
+
+
+def _check_labels(labels: Tensor, images: int) -> None:
+    kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+    if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise InputError(f"labels must be an integer tensor [N], the class of each image, got {kind}")
+    if labels.dim() != 1:
+        remedy = "`labels.flatten()`" if labels.numel() == images else "one class an image, such as `labels.argmax(-1)`"
+        raise InputError(f"labels must be [N], the class of each image, got shape {tuple(labels.shape)}; give {remedy}")
+    if len(labels) != images:
+        raise InputError(f"{images} images but {len(labels)} labels; give one label for each image")
 
 
 class LazyImages(Mapping[str, Images]):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
-from adaptive_merge.adapters.heads import HeadLike, frozen_heads
+from adaptive_merge.adapters.heads import HeadLike, check_width, frozen_heads
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import Edit, MergedBackbone
@@ -124,6 +124,7 @@ class AdaptedModel(nn.Module):
         if task not in self.heads:
             raise InputError(f"there is no head for task {task!r}{did_you_mean(str(task), self.heads)}")
         # In float32 whatever the tower ran in: logits are cosines times 100.
+        check_width(task, self.heads[task], features.shape[-1])
         with _no_autocast(features):
             features = features.float()
             for adapter in adapters:

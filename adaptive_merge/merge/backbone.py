@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.errors import InputError, check_normalisation, did_you_mean
 from adaptive_merge.merge.blocks import in_depth
 from adaptive_merge.merge.placement import BankKind, Placement, place
 from adaptive_merge.merge.rule import Rule, State
@@ -75,6 +75,9 @@ class MergedBackbone(nn.Module):
     ) -> None:
         super().__init__()
         _check_fit(backbone, task_vectors)
+        if getattr(backbone, "image_mean", None) is not None:
+            mean, std = backbone.image_mean, getattr(backbone, "image_std", None)
+            check_normalisation("backbone.image_mean, backbone.image_std", mean, std)
         self.coefficients = coefficients.bind(task_vectors)
         self.kind, self.placement = bank, place(task_vectors, bank)
         # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
@@ -180,8 +183,8 @@ class MergedBackbone(nn.Module):
         if len(set(widths.values())) != 1:
             listed = ", ".join(f"{block} {width}" for block, width in widths.items())
             raise InputError(
-                f"what is done to blocks needs blocks of one width, this backbone has {listed or 'blocks without norms'}; "
-                "name those of one width with `blocks`, such as 'layer4.*'"
+                "what is done to blocks needs blocks of one width, this backbone has "
+                f"{listed or 'blocks without norms'}; name those of one width with `blocks`, such as 'layer4.*'"
             )
         return next(iter(widths.values()))
 
