@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "callbacks": ["Guard", "Ledger"],
+    "cli.loading": ["load_run"],
     "data": ["Corruption", "Holdout", "Images", "Online", "Protocol", "TaskStream", "Transductive", "Unseen"],
     "engine.module": ["AdaptiveMerge"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],

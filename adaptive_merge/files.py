@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["replacing", "save_json", "save_tensors", "shipped", "strict_json"]
+__all__ = ["replacing", "save_json", "save_tensors", "save_text", "shipped", "strict_json"]
 
 
 @contextmanager
@@ -53,8 +53,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 def save_json(path: str | Path, content: Any) -> None:
     """Write JSON, atomically, indented for people; see `strict_json`."""
-    with replacing(path) as partial:
-        partial.write_text(strict_json(content, indent=2) + "\n")
+    save_text(path, strict_json(content, indent=2) + "\n")
 
 
 def strict_json(content: Any, indent: int | None = None) -> str:
@@ -71,6 +70,12 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Write text in UTF-8, atomically."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def shipped() -> Path:

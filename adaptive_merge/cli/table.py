@@ -17,6 +17,7 @@ Command = Callable[[list[str]], None]
 COMMANDS: Final = {
     "fit": ("adapt a merge on unlabelled test images and write a run folder", "fit:fit"),
     "validate": ("score the merge that a configuration starts from; nothing is written", "fit:validate"),
+    "predict": ("write what an adapted model says about a folder of images", "predict:predict"),
     "merge": ("write the merged weights of a run or a recipe as safetensors", "merge:merge"),
     "inspect": ("print what is in a run folder, a checkpoint or a safetensors file", "inspect:inspect"),
     "report": ("write one HTML file about a run, or about several side by side", "report:report"),

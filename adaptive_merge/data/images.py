@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -15,22 +15,27 @@ __all__ = ["Images", "LazyImages"]
 
 
 class Images:
-    """Test images of a task as uint8, with labels that only evaluation reads.
+    """Test images of a task as uint8, with labels, where there are any, that only evaluation reads.
 
     Args:
         pixels: uint8 [N, H, W] (gray) or [N, H, W, 3].
-        labels: int64 [N], class of each image.
-        classes: class names; labels lie in [0, len(classes)).
+        labels: int64 [N], class of each image. Without labels a run is scored by its agreement with the experts.
+        classes: class names, where they are known; labels lie in [0, len(classes)).
         fingerprint: of shape and pixels, where it is known already: that of a memory-mapped file would read it all.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], fingerprint: str | None = None) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor | None = None,
+        classes: Sequence[str] = (),
+        fingerprint: str | None = None,
+    ) -> None:
         _check_pixels(pixels)
-        _check_labels(labels, len(pixels))
-        labels = labels.long()
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise InputError(f"labels lie in [{labels.min()}, {labels.max()}] but there are {len(classes)} classes")
-        self.pixels, self.labels, self.classes = pixels, labels, classes
+        if labels is not None:
+            _check_labels(labels, len(pixels), len(classes))
+            labels = labels.long()
+        self.pixels, self.labels, self.classes = pixels, labels, list(classes)
         if fingerprint is not None:
             self.fingerprint = fingerprint
 
@@ -72,7 +77,7 @@ def _cause(pixels: Tensor) -> str:
     return ""
 
 
-def _check_labels(labels: Tensor, images: int) -> None:
+def _check_labels(labels: Tensor, images: int, classes: int) -> None:
     kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
     if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise InputError(f"labels must be an integer tensor [N], the class of each image, got {kind}")
@@ -80,7 +85,9 @@ def _check_labels(labels: Tensor, images: int) -> None:
         remedy = "`labels.flatten()`" if labels.numel() == images else "one class an image, such as `labels.argmax(-1)`"
         raise InputError(f"labels must be [N], the class of each image, got shape {tuple(labels.shape)}; give {remedy}")
     if len(labels) != images:
-        raise InputError(f"{images} images but {len(labels)} labels; give one label for each image")
+        raise InputError(f"{images} images but {len(labels)} labels; give one label for each image, or none at all")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"labels lie in [{labels.min()}, {labels.max()}] but there are {classes} classes")
 
 
 class LazyImages(Mapping[str, Images]):

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError, MissingFileError
 
-__all__ = ["FileSource", "ImageSource", "TorchvisionSource", "folder_source", "identity_of_files"]
+__all__ = ["FileSource", "ImageSource", "TorchvisionSource", "folder_source", "identity_of_files", "images_in"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
 
 class ImageSource(Protocol):
-    """Labelled images that can be decoded one by one, in any order and from several threads."""
+    """Images that can be decoded one by one, in any order and from several threads."""
 
-    labels: Tensor
+    labels: Tensor | None
     classes: list[str]
     identity: str
 
@@ -39,13 +39,15 @@ class FileSource:
     Args:
         root: folder that the files are under; the identity holds their paths relative to it.
         files: in the order of the data set.
-        labels: class of each file.
+        labels: class of each file; None where they are not known.
         classes: class names.
     """
 
-    def __init__(self, root: Path, files: Sequence[Path], labels: Sequence[int], classes: Sequence[str]) -> None:
+    def __init__(
+        self, root: Path, files: Sequence[Path], labels: Sequence[int] | None = None, classes: Sequence[str] = ()
+    ) -> None:
         self.files, self.classes = list(files), list(classes)
-        self.labels = torch.tensor(list(labels), dtype=torch.int64)
+        self.labels = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
         self.identity = identity_of_files(root, self.files)
 
     def __len__(self) -> int:
@@ -90,6 +92,8 @@ class TorchvisionSource:
 def folder_source(folder: Path, classes: Sequence[str] | None = None) -> FileSource:
     """`<folder>/<class>/…/<image>`: sorted class folders are the labels, sorted paths the order.
 
+    A folder that holds images and no folders is a data set without labels.
+
     Args:
         classes: names of the classes, one per folder; default the folders' own names.
 
@@ -99,18 +103,28 @@ def folder_source(folder: Path, classes: Sequence[str] | None = None) -> FileSou
     if not folder.is_dir():
         raise MissingFileError(f"`{folder}`: no such folder; expected one folder a class with its images inside")
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found and (images := images_in(folder)):
+        return FileSource(folder, images, None, classes or ())
     if not found:
         names = sorted(path.name for path in folder.iterdir())[:5]
-        raise InputError(f"`{folder}`: expected one folder a class with its images inside, found {names or 'nothing'}")
+        raise InputError(
+            f"`{folder}`: expected one folder a class with its images inside, or images without labels, found "
+            f"{names or 'nothing'}"
+        )
     files: list[Path] = []
     labels: list[int] = []
     for label, place in enumerate(found):
-        images = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        images = images_in(place)
         if not images:
             raise InputError(f"`{place}`: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
         files += images
         labels += [label] * len(images)
     return FileSource(folder, files, labels, classes or [place.name for place in found])
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder and below it, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def identity_of_files(root: Path, files: Sequence[Path]) -> str:

@@ -28,7 +28,8 @@ class TaskStream(pl.LightningDataModule):
     Training batches are task → {"image": uint8 [B, 3, H, W], "index": int64 [B]}: labels never reach them. Where
     processes do not hold equal parts of a task's batch, "weight" says by what to multiply the mean over this
     process's part, so that the mean over the processes is the mean over the whole batch.
-    Validation batches are {"task", "image", "label", "index"}, every scored image once, for any number of processes.
+    Validation batches are {"task", "image", "label", "index"}, without "label" where the images have none, every scored
+    image once, for any number of processes.
 
     Args:
         images: task → its test images.
@@ -133,8 +134,12 @@ class TaskStream(pl.LightningDataModule):
         loaders = []
         for task, images in self.images.items():
             share = self.scored[task][rank::world].split(self.eval_batch_size)
-            loaders.append(DataLoader(_Labelled(task, images, share), batch_size=None, num_workers=self.num_workers))
+            loaders.append(DataLoader(_Scored(task, images, share), batch_size=None, num_workers=self.num_workers))
         return loaders
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        """The scored images, as for validation."""
+        return self.val_dataloader()
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -173,8 +178,8 @@ class _Steps(Dataset):
         return batch if weight == 1 else batch | {"weight": weight}
 
 
-class _Labelled(Dataset):
-    """Labelled evaluation batches of one task."""
+class _Scored(Dataset):
+    """Evaluation batches of one task, with labels where there are any."""
 
     def __init__(self, task: str, images: Images, batches: tuple[Tensor, ...]) -> None:
         self.task, self.images, self.batches = task, images, batches
@@ -184,4 +189,5 @@ class _Labelled(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         index = self.batches[position]
-        return {"task": self.task, "image": self.images.take(index), "label": self.images.labels[index], "index": index}
+        batch = {"task": self.task, "image": self.images.take(index), "index": index}
+        return batch if self.images.labels is None else batch | {"label": self.images.labels[index]}

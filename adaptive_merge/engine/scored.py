@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pytorch_lightning as pl
 import torch
@@ -20,7 +20,9 @@ from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["ScoredModule"]
+__all__ = ["Measure", "ScoredModule"]
+
+Measure = Literal["accuracy", "agreement"]
 
 
 class ScoredModule(pl.LightningModule):
@@ -55,32 +57,43 @@ class ScoredModule(pl.LightningModule):
         self.views.prepare(self.view)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Count one labelled batch of one task, for the view in force."""
+        """Count one batch of one task, for the view in force: against labels, and against the task's expert."""
         task, adapted = batch["task"], self.view == "adapted"
         expert, source = None, self._source(batch["task"])
         if self.view == "individual":
             prediction = self.views.expert(task, batch, source)
+            expert = prediction if self.measure == "agreement" else None
         else:
             prediction = self.model(task, batch["image"], self.views.weights(self.view, task), adapted=adapted)
-            if self._compares and self.view != "pretrained" and task in self.tasks and source is not None:
+            if self.measure == "agreement" or (self._compares and self._merged(task) and source is not None):
                 expert = self.views.expert(task, batch, source)
-        dict(zip(self.scored_tasks, self.scores))[task].update(prediction, batch["label"], expert)
+        dict(zip(self.scored_tasks, self.scores))[task].update(prediction, batch.get("label"), expert)
         return {"features": prediction.features, "logits": prediction.logits}
 
+    def _merged(self, task: str) -> bool:
+        """Whether the view in force is a merge that this task has a part in."""
+        return self.view != "pretrained" and task in self.tasks
+
+    @property
+    def measure(self) -> Measure:
+        """What views are compared by: accuracy, or agreement with the experts where images have no labels."""
+        images = self._stream.images.values() if self._stream else ()
+        return "agreement" if any(source.labels is None for source in images) else "accuracy"
+
     def on_validation_epoch_end(self) -> None:
-        """Log `<view>/<task>/accuracy` and the mean over the merged tasks, and start the next count."""
+        """Log `<view>/<task>/<measure>` and the mean over the merged tasks, and start the next count."""
         # The same tasks on every rank, also on one whose share of a task was empty: `compute` is collective.
         named = dict(zip(self.scored_tasks, self.scores))
         shown = [task for task in named if self._source(task) is not None] or list(named)
         counts = {task: self._counted(task, named[task]) for task in shown}
-        counted = {task: values for task, values in counts.items() if not values["accuracy"].isnan()}
+        counted = {task: values for task, values in counts.items() if self.measure in values}
         found = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
-        for name, tasks in {"accuracy": self.tasks, "accuracy_unseen": self.unseen}.items():
-            accuracies = [found[f"{task}/accuracy"] for task in tasks if task in counted]
-            found |= {name: torch.stack(accuracies).mean()} if accuracies else {}
+        for name, tasks in {self.measure: self.tasks, f"{self.measure}_unseen": self.unseen}.items():
+            means = [found[f"{task}/{self.measure}"] for task in tasks if task in counted]
+            found |= {name: torch.stack(means).mean()} if means else {}
         for key, value in found.items():
-            # Loggers get the accuracies alone; the rest is for `results.json`.
-            self.log(f"{self.view}/{key}", value, logger=None if "accuracy" in key.rsplit("/")[-1] else False)
+            # Loggers get what views are compared by; the rest is for `results.json`.
+            self.log(f"{self.view}/{key}", value, logger=None if self.measure in key.rsplit("/")[-1] else False)
         for score in self.scores:
             score.reset()
         self.views.release()
@@ -90,6 +103,23 @@ class ScoredModule(pl.LightningModule):
             return score.compute()
         except InputError as error:
             raise InputError(f"task {task!r}, model {self.view!r}: {error}") from error
+
+    def on_predict_epoch_start(self) -> None:
+        """Merge where all processes meet, as in validation."""
+        self.views.prepare("adapted")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """What the adapted model says about a batch of one task; nothing of it is a label.
+
+        Returns:
+            "task"; "index" of the batch, where it has one; "predicted" [U], the class, and "confidence" [U], the
+            probability that the head gives it.
+        """
+        task = batch["task"]
+        logits = self.model(task, batch["image"], self.views.weights("adapted", task)).logits
+        confidence = logits.float().softmax(-1).amax(-1)
+        found = {"task": task, "predicted": self.model.heads[task].predict(logits), "confidence": confidence}
+        return found | ({"index": batch["index"]} if "index" in batch else {})
 
     @contextmanager
     def viewing(self, view: View) -> Iterator[Self]:

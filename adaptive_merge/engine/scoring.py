@@ -23,7 +23,8 @@ class TaskScore(Metric):
     """Sums over the units (images) of one task, exact for any number of processes.
 
     `compute` gives `accuracy`, which is the head's metric, and `ece`, the expected calibration error (Guo et al., ICML
-    2017) over 15 bins of equal width, both in [0, 1], and the `CRITERIA` where the expert's predictions were given.
+    2017) over 15 bins of equal width, both in [0, 1], where labels were given, and the `CRITERIA` where the expert's
+    predictions were; nothing where no image was counted.
 
     Args:
         head: of the task.
@@ -42,9 +43,19 @@ class TaskScore(Metric):
         self.add_state("compared", torch.zeros(1 + len(CRITERIA)), dist_reduce_fx="sum")
         self.add_state("undefined", torch.zeros(2), dist_reduce_fx="sum")
 
-    def update(self, ours: Prediction, labels: Tensor, expert: Prediction | None = None) -> None:
+    def update(self, ours: Prediction, labels: Tensor | None, expert: Prediction | None = None) -> None:
         """Add a batch: logits [U, C] against labels [U], and against what the expert says about the same images."""
-        predicted, labels = self._predict(ours.logits), labels.flatten()
+        predicted = self._predict(ours.logits)
+        counts = [undefined(said.logits).sum() for said in (ours, expert or ours)]
+        self.undefined = self.undefined + torch.stack(counts)
+        if labels is not None:
+            self._count(ours, predicted, labels.flatten())
+        if expert is not None and len(predicted):
+            agreed = (predicted == self._predict(expert.logits)).float().mean()
+            found = [agreed, jensen_shannon(ours.logits, expert.logits).mean(), normalised_entropy(ours.logits)]
+            self.compared = self.compared + len(predicted) * torch.stack([torch.ones_like(agreed), *found])
+
+    def _count(self, ours: Prediction, predicted: Tensor, labels: Tensor) -> None:
         if len(predicted) != len(labels):
             raise InputError(
                 f"{len(labels)} labels for {len(predicted)} predictions: give a label for each row of the head's logits"
@@ -57,14 +68,8 @@ class TaskScore(Metric):
         confidence = ours.logits.float().softmax(-1).amax(-1)
         place = (confidence.nan_to_num() * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence])
-        missing = [confidence.isnan().sum(), undefined(expert.logits).sum() if expert else confidence.new_zeros(())]
-        self.undefined = self.undefined + torch.stack(missing)
         # Not in place: `reset` may have made the sums in inference mode.
         self.bins = self.bins.index_add(1, place, rows)
-        if expert is not None:
-            agreed = (predicted == self._predict(expert.logits)).float().mean()
-            found = [agreed, jensen_shannon(ours.logits, expert.logits).mean(), normalised_entropy(ours.logits)]
-            self.compared = self.compared + len(labels) * torch.stack([torch.ones_like(agreed), *found])
 
     def compute(self) -> dict[str, Tensor]:
         """Name → value.
@@ -81,7 +86,9 @@ class TaskScore(Metric):
                 "other weights or coefficients"
             )
         units, correct, confidence = self.bins
-        found = {"accuracy": self.metric.compute(), "ece": (correct - confidence).abs().sum() / units.sum()}
+        found = {}
+        if units.sum():
+            found = {"accuracy": self.metric.compute(), "ece": (correct - confidence).abs().sum() / units.sum()}
         if self.compared[0]:
             found |= dict(zip(CRITERIA, self.compared[1:] / self.compared[0]))
         return found

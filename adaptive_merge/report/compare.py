@@ -158,11 +158,13 @@ def comparison_plans(groups: Sequence[Group]) -> Iterator[Plan]:
     named = {f"{index + 1} {printable(group.name, 20)}": group for index, group in enumerate(groups)}
     several = len(alike(groups)) > 1
     for shared in alike(groups):
-        part = {name: group.per_task() for name, group in named.items() if group.terms == shared}
+        members = {name: group for name, group in named.items() if group.terms == shared}
+        measure = next(iter(members.values())).runs[0].measure
+        part = {name: group.per_task() for name, group in members.items()}
         yield (
-            f"Adapted accuracy per task{f', protocol {printable(shared, 60)}' if several else ''}",
+            f"Adapted {measure} per task{f', protocol {printable(shared, 60)}' if several else ''}",
             "Merged tasks. Bars are means of a group, dots its runs.",
-            lambda part=part: figures.compare_bars(part),
+            lambda part=part, measure=measure: figures.compare_bars(part, measure),
             False,
         )
     for quantity, title in (("entropy", "Normalised entropy"), ("loss", "Loss")):

@@ -42,8 +42,8 @@ _SMOOTHED = 60  # points of a curve after averaging neighbours
 
 
 @styled
-def accuracy_bars(scores: Scores) -> Figure:
-    """Accuracy of the four models on each task, the tasks sorted by what adaptation reached."""
+def accuracy_bars(scores: Scores, measure: str = "accuracy") -> Figure:
+    """Accuracy, or another measure, of the four models on each task, the tasks sorted by what adaptation reached."""
     tasks = sorted(scores, key=lambda task: scores[task]["adapted"])
     figure, (axes,) = canvas(4.8, 0.9 + 0.52 * len(tasks))
     height = 0.8 / len(VIEW_NAMES)
@@ -57,7 +57,7 @@ def accuracy_bars(scores: Scores) -> Figure:
     axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
     axes.set_xlim(0, 106)
     axes.set_ylim(-0.6, len(tasks) - 0.4)
-    tune(axes, x="accuracy in %", grid="x")
+    tune(axes, x=f"{measure} in %", grid="x")
     axes.spines["bottom"].set_visible(False)
     legend(axes)
     return figure
@@ -199,8 +199,8 @@ def resources(steps: Sequence[int], throughput: Sequence[float], memory: Sequenc
 
 
 @styled
-def compare_bars(groups: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Adapted accuracy per task of several groups of runs: a dot a run, a bar at the mean.
+def compare_bars(groups: Mapping[str, Mapping[str, Sequence[float]]], measure: str = "accuracy") -> Figure:
+    """Accuracy, or another measure, per task of several groups of runs: a dot a run, a bar at the mean.
 
     Args:
         groups: name of the group → task → accuracies in [0, 1], one a run.
@@ -218,7 +218,7 @@ def compare_bars(groups: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
                 axes.plot(runs, np.full(len(runs), place), ".", color=INK, markersize=3)
     axes.set_yticks(np.arange(len(tasks))[::-1], [label(task) for task in tasks])
     axes.set_xlim(0, 102)
-    tune(axes, x="adapted accuracy in %", grid="x")
+    tune(axes, x=f"adapted {measure} in %", grid="x")
     axes.spines["bottom"].set_visible(False)
     legend(axes)
     return figure

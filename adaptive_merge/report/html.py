@@ -79,6 +79,7 @@ def _content(runs: list[Run], tsne: bool) -> dict[str, Any]:
         "series": SERIES,
         "title": name + mark,
         "oracle": bool(oracles),
+        "labelled": all(run.measure == "accuracy" for run in runs),
     }
 
 
@@ -169,7 +170,7 @@ def _best(groups: list[Group]) -> list[Card]:
     found = [
         Card("best method", printable(best.name, 26), f"of {len(best.runs)} run{'s' if len(best.runs) > 1 else ''}"),
         Card(
-            "its adapted accuracy",
+            f"its adapted {best.runs[0].measure}",
             _percent(mean),
             f"± {_percent(deviation)} over seeds" if deviation is not None else "one seed",
         ),

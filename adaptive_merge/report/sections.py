@@ -50,7 +50,7 @@ def run_sections(run: Run, prefix: str, tsne: bool = False) -> list[Section]:
         tsne: also project with t-SNE, which takes seconds and scikit-learn.
     """
     parts = (
-        ("Accuracy", chain(_accuracy(run), _prequential(run))),
+        (run.measure.capitalize(), chain(_accuracy(run), _prequential(run))),
         ("Coefficients", _coefficients(run)),
         ("Adaptation", chain(_adaptation(run), _resources(run))),
         ("Features, interference, calibration", chain(features(run, tsne), interference(run), calibration(run))),
@@ -64,15 +64,16 @@ def run_sections(run: Run, prefix: str, tsne: bool = False) -> list[Section]:
 def _accuracy(run: Run) -> Iterator[Plan]:
     tasks = {run.shown(task): row for task, row in run.tasks.items()}
     yield (
-        "Accuracy per task",
+        f"{run.measure.capitalize()} per task",
         "Sorted by what the adapted merge reaches; “individual” is each expert on its own "
-        "task, the ceiling of a merge.",
-        lambda: figures.accuracy_bars(tasks),
+        "task, the ceiling of a merge."
+        + ("" if run.measure == "accuracy" else " Part of the images on which a model and the task's expert agree."),
+        lambda: figures.accuracy_bars(tasks, run.measure),
         False,
     )
     if len(tasks) > 2:
         yield (
-            "Accuracy, all tasks at a glance",
+            f"{run.measure.capitalize()}, all tasks at a glance",
             "The same numbers. Areas of a radar mislead: compare along the spokes.",
             lambda: figures.accuracy_radar(tasks),
             False,

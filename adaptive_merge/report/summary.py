@@ -35,7 +35,7 @@ def cards(run: Run) -> list[Card]:
     shown = [
         *([Card("chosen by labels", ORACLE, "not a label-free result")] if uses_labels(results) else []),
         Card("protocol", printable(protocol(run), 18), meaning(run)),
-        Card("adapted accuracy", f"{100 * average['adapted']:.1f} %", f"{kind} of {len(run.merged)} tasks"),
+        Card(f"adapted {run.measure}", f"{100 * average['adapted']:.1f} %", f"{kind} of {len(run.merged)} tasks"),
         *_unseen(run),
         Card("gain over the merge", f"{100 * (average['adapted'] - average['initial']):+.1f}", "percentage points"),
         Card("gap closed", f"{100 * closed:.0f} %" if closed is not None else "–", "merge to experts, mean"),
@@ -99,7 +99,7 @@ def _collapse(run: Run) -> list[str]:
         if curve is None or len(curve[1]) < 10:
             continue
         if np.mean(curve[1][-5:]) < 0.02 and row["adapted"] < row["initial"]:
-            found.append(f"{printable(task, 40)}: entropy collapsed to almost zero while accuracy fell.")
+            found.append(f"{printable(task, 40)}: entropy collapsed to almost zero while {run.measure} fell.")
     return found
 
 

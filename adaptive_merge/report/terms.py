@@ -7,6 +7,7 @@ from typing import Any
 
 from adaptive_merge.report.style import printable
 from adaptive_merge.runs.reading import Run
+from adaptive_merge.runs.record import MEASURES
 from adaptive_merge.runs.results import MOST_WARNINGS, footing, uses_labels
 
 __all__ = [
@@ -55,12 +56,14 @@ def meaning(run: Run) -> str:
 
 
 def terms(run: Run) -> str:
-    """What has to be the same where two runs are compared: protocol, corruption, and whether labels had a part."""
+    """What has to be the same where two runs are compared: protocol, corruption, measure, whether labels had a part."""
     data = run.config.get("data")
     data = data if isinstance(data, Mapping) else {}
     parts = [protocol(run), *_arguments(data.get("protocol"))]
     if data.get("corruption"):
         parts.append("images corrupted by " + ", ".join(_arguments(data["corruption"])))
+    if run.measure != "accuracy":
+        parts.append(f"scored by {MEASURES[run.measure]}")
     return ", ".join([*parts, ORACLE] if uses_labels(run.results) else parts)
 
 

@@ -62,6 +62,8 @@ class Candidate:
         """
         if self.run is None:
             return None
+        if by == ORACLE and self.run.measure != "accuracy":
+            return None
         found = self.run.results["average"] if by == ORACLE else self.run.results.get("criteria", {}).get(view, {})
         value = found.get(view if by == ORACLE else by)
         return value if value is not None and math.isfinite(value) else None

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from adaptive_merge.privacy import scrub
 from adaptive_merge.runs.record import read_record
 
-__all__ = ["Curve", "Diagnostics", "History", "Run", "read_run", "read_tensors"]
+__all__ = ["Curve", "Diagnostics", "History", "Run", "classes_of", "read_run", "read_tensors"]
 
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -61,6 +61,11 @@ class Run:
         return self.folder.resolve().name
 
     @property
+    def measure(self) -> str:
+        """What its models are compared by: `"accuracy"`, or `"agreement"` with the experts without labels."""
+        return self.results["measure"]
+
+    @property
     def tasks(self) -> dict[str, dict[str, float]]:
         """Task → number of scored images and the four accuracies; merged and unseen tasks."""
         return self.results["tasks"]
@@ -100,6 +105,15 @@ def read_run(folder: str | Path) -> Run:
     history = _read_history(folder / "history.safetensors", notes)
     diagnostics = _read_diagnostics(folder / "diagnostics.safetensors", notes)
     return Run(folder, results, config, curves, history, diagnostics, notes)
+
+
+def classes_of(folder: str | Path, task: str) -> list[str]:
+    """The names of a task's classes, as a run folder keeps them; empty where it does not."""
+    try:
+        names = json.loads((Path(folder) / "results.json").read_text())["classes"][task]
+        return [str(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -12,7 +12,10 @@ import numpy as np
 from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.errors import InputError, MissingFileError
 
-__all__ = ["read_record"]
+__all__ = ["MEASURES", "read_record"]
+
+MEASURES = {"accuracy": "accuracy", "agreement": "agreement with the experts (no labels)"}
+"""What models are compared by, and how people are told."""
 
 
 def read_record(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -47,6 +50,8 @@ def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     results["average"] = _means(tasks, merged)
     results["unseen"] = {"tasks": unseen, "average": _means(tasks, unseen) if unseen else None}
     results["online"] = _online(results.get("online"), merged)
+    if results.setdefault("measure", "accuracy") not in MEASURES:
+        raise KeyError("measure")
     for name in ("calibration", "criteria", "guard"):
         results[name] = dict(results.get(name) or {})
     for part in results["calibration"].values():

@@ -20,8 +20,19 @@ from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.scoring import CRITERIA
 from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.runs.online import prequential
+from adaptive_merge.runs.record import MEASURES
 
-__all__ = ["MOST_WARNINGS", "SCHEMA", "evaluate", "footing", "peak_memory", "score", "summary", "table", "uses_labels"]
+__all__ = [
+    "MOST_WARNINGS",
+    "SCHEMA",
+    "evaluate",
+    "footing",
+    "peak_memory",
+    "score",
+    "summary",
+    "table",
+    "uses_labels",
+]
 
 SCHEMA = 1
 MOST_WARNINGS = 100  # of the guard, in its record
@@ -31,7 +42,7 @@ _PACKAGES = ("adaptive_merge", "torch", "torchvision", "pytorch-lightning", "ope
 def evaluate(
     trainer: pl.Trainer, module: AdaptiveMerge, datamodule: pl.LightningDataModule
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """View → task → what `TaskScore` counts on the labelled images, for all views of a module.
+    """View → task → what `TaskScore` counts on the scored images, for all views of a module.
 
     `"pretrained"` is θ₀, `"individual"` each expert on its own task, `"anchor"` the static merge before a
     start, where there is one, `"initial"` the merge before the first step,
@@ -57,10 +68,14 @@ def evaluate(
 def score(
     trainer: pl.Trainer, module: AdaptiveMerge, datamodule: pl.LightningDataModule
 ) -> dict[str, dict[str, float]]:
-    """View → task → top-1 accuracy in [0, 1] on the labelled images, for all four views; see `evaluate`."""
+    """View → task → accuracy in [0, 1] on the scored images, for all four views; see `evaluate`.
+
+    Where images have no labels it is the agreement with the experts.
+    """
     found = evaluate(trainer, module, datamodule)
     return {
-        view: {task: values["accuracy"] for task, values in tasks.items() if values} for view, tasks in found.items()
+        view: {task: values[module.measure] for task, values in tasks.items() if values}
+        for view, tasks in found.items()
     }
 
 
@@ -85,8 +100,9 @@ def summary(
         seconds: part of the run → how long it took.
         guard: the guard's record.
     """
-    scores = {view: {task: row["accuracy"] for task, row in tasks.items()} for view, tasks in evaluation.items()}
-    found: dict[str, Any] = {"schema": SCHEMA, "recipe": module.recipe, "seed": stream.seed}
+    measure, labelled = module.measure, module.measure == "accuracy"
+    scores = {view: {task: row[measure] for task, row in tasks.items()} for view, tasks in evaluation.items()}
+    found: dict[str, Any] = {"schema": SCHEMA, "recipe": module.recipe, "seed": stream.seed, "measure": measure}
     found["protocol"] = {
         "name": stream.protocol.name,
         "settings": {name: list(v) if isinstance(v, tuple) else v for name, v in settings(stream.protocol).items()},
@@ -97,7 +113,7 @@ def summary(
         found["corruption"] = settings(stream.corruption)
     if module.begun is not None:
         found["start"] = dict(module.begun.record)
-    if stream.protocol.one_pass and (steps or module.begun is not None):
+    if labelled and stream.protocol.one_pass and (steps or module.begun is not None):
         passes = {
             task: prequential(rows[task], stream.images[task].labels, stream.draws.order(task)) for task in module.tasks
         }
@@ -110,10 +126,16 @@ def summary(
     found["average"] = _means(scores, module.tasks)
     if module.unseen:
         found["unseen"] = {"tasks": list(module.unseen), "average": _means(scores, module.unseen)}
+    # With the names a run folder is all that its predictions need.
+    found["classes"] = {
+        task: list(stream.images[task].classes) for task in module.scored_tasks if task in stream.images
+    }
     return found | {
         "calibration": {
             view: {task: round(row["ece"], 6) for task, row in tasks.items()} for view, tasks in evaluation.items()
-        },
+        }
+        if labelled
+        else {},
         "criteria": {view: _criteria(evaluation[view], module.tasks) for view in ("initial", "adapted")},
         "guard": dict(guard or {}),
         "steps": steps,
@@ -126,9 +148,10 @@ def summary(
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """Accuracies in percent, a row per task, and what the adaptation gained over the merge it started from."""
+    """Accuracies, or agreements, in percent, a row per task, and the gain over the merge that the run started from."""
     chosen = " (ORACLE: labels chose the step)" if uses_labels(results) else ""
-    view = Table(title=f"{results['recipe']}: accuracy in %{chosen}", title_justify="left")
+    measure = MEASURES[results.get("measure", "accuracy")]
+    view = Table(title=f"{results['recipe']}: {measure} in %{chosen}", title_justify="left")
     view.add_column("task")
     started = "anchor" in results["average"]
     for name in ("pre-trained", "individual", "merged", *(["start"] * started), "adapted", "gain"):
@@ -152,7 +175,7 @@ def footing(results: Mapping[str, Any]) -> str:
     """The protocol in a few words: what was adapted on, what was scored."""
     protocol = results["protocol"]
     adapted, scored = (sum(protocol[part].values()) for part in ("adapted_on", "scored_on"))
-    words = {"online": ", each predicted before it was used"}.get(protocol["name"], "")
+    words = ", each predicted before it was used" if results.get("online") else ""
     if corruption := results.get("corruption"):
         words += f"; {corruption['kind']}, severity {corruption['severity']}"
     return f"protocol {protocol['name']}: adapted on {adapted:,} images, scored on {scored:,}{words}"

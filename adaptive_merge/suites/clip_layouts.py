@@ -57,6 +57,8 @@ def labelled_by_name(name: str, source: ImageSource) -> ImageSource:
                 f"`{label}` is no class of {name}{did_you_mean(label, published)}; expected folders named like "
                 f"{', '.join(published[:3])} …"
             )
+    if source.labels is None:
+        return source
     order = torch.tensor([known[_plain(label)] for label in source.classes])
     source.labels = order[source.labels]
     return source

@@ -41,7 +41,7 @@ class ClipSuite:
         heads: task → head file, or one path with `{task}` in it; default: zero-shot heads from `text`.
         text: a full CLIP with the text tower for zero-shot heads; default `pretrained`.
         cache: folder of decoded images and zero-shot heads.
-        folders: task → folder of class folders, for tasks that are not under `data`.
+        folders: task → folder of class folders, or of images without labels, for tasks that are not under `data`.
         class_names: task → text file with a class name a line, in the order of the sorted class folders.
         templates: task → prompt templates with one `{}` each, for tasks that are not published.
         sizes: `"published"` refuses data sets of another size than the published test split, `"any"` takes them.
@@ -142,7 +142,7 @@ def _heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: M
 
 
 def _check_head(suite: ClipSuite, task: str, source: ImageSource, head: Tensor) -> None:
-    if len(head) != len(source.classes):
+    if source.classes and len(head) != len(source.classes):
         raise InputError(
             f"`{suite.head_path(task)}` (task {task!r}): expected {len(source.classes)} classes as in the data set, "
             f"found {len(head)}; give the head of this task"
@@ -161,6 +161,11 @@ def _zero_shot_heads(suite: ClipSuite, sources: Mapping[str, ImageSource], archi
     model, tokenizer = tower.build(architecture.quick_gelu)
     heads = {}
     for task, source in sources.items():
+        if not source.classes:
+            raise InputError(
+                f"task {task!r}: its images have no labels, and nothing names the classes of a zero-shot head; give a "
+                "file of them under `class_names`, or the head under `heads`"
+            )
         published = clip_task(task).templates if task in clip_task_names() else DEFAULT_TEMPLATES
         templates = suite.templates.get(task, published)
         heads[task] = zero_shot_head(

@@ -73,6 +73,8 @@ def open_folder_task(
 ) -> ImageSource:
     """Any `<folder>/<class>/<image>` as a task; of a published task the folders must be named like its classes.
 
+    Images that lie in the folder itself are a task without labels.
+
     Args:
         name: of the task.
         folder: with one folder a class.
@@ -84,7 +86,7 @@ def open_folder_task(
         return _checked(name, labelled_by_name(name, folder_source(folder)), folder, sizes)
     source = folder_source(folder)
     names = list(read_class_names(class_names)) if class_names else source.classes
-    if len(names) != len(source.classes):
+    if source.labels is not None and len(names) != len(source.classes):
         raise InputError(
             f"task {name!r}: `{class_names}` names {len(names)} classes, `{folder}` has {len(source.classes)} class "
             "folders; give one name for each folder, in sorted order"
@@ -106,7 +108,11 @@ def layout_of(name: str) -> str:
 def _checked(name: str, source: ImageSource, place: Path, sizes: Sizes) -> ImageSource:
     classes = clip_task(name).classes
     count = len(source)
-    if count and (int(source.labels.max()) >= len(classes) or int(source.labels.min()) < 0):
+    if (
+        count
+        and source.labels is not None
+        and (int(source.labels.max()) >= len(classes) or int(source.labels.min()) < 0)
+    ):
         raise InputError(
             f"task {name!r}: `{place}`: labels reach {int(source.labels.max())}, expected {len(classes)} classes; this "
             "is another version of the data set"

@@ -44,6 +44,7 @@ def load_suite(
     The folder is laid out like the embedded one, or is a CLIP suite (`"kind": "clip"`, see configs/clip): then its
     `suite.json` says where checkpoints, heads and data sets lie. In the embedded layout a task may have the entry
     `"head": "linear"`: its head is then a linear layer on features as they are, with `<task>.bias` if the file has one.
+    Images without labels have no array `<split>_labels`.
 
     Args:
         name: `"embedded"`, a folder that holds `suite.json`, or one that ships, such as `"clip/vit_b_32/8tasks"`.
@@ -154,12 +155,10 @@ def _in_order(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> di
 def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) -> Images:
     path = _checked(folder, f"images/{task}.npz", manifest)
     with np.load(path, allow_pickle=False) as arrays:
-        missing = {f"{split}_images", f"{split}_labels"} - set(arrays.files)
-        if missing:
-            raise InputError(
-                f"{path}: there is no array {sorted(missing)[0]!r}; the split {split!r} is not in this suite"
-            )
-        pixels, labels = (torch.from_numpy(arrays[f"{split}_{kind}"]) for kind in ("images", "labels"))
+        if f"{split}_images" not in arrays.files:
+            raise InputError(f"{path}: there is no array '{split}_images'; the split {split!r} is not in this suite")
+        pixels = torch.from_numpy(arrays[f"{split}_images"])
+        labels = torch.from_numpy(arrays[f"{split}_labels"]) if f"{split}_labels" in arrays.files else None
     try:
         return Images(pixels, labels, manifest["tasks"][task]["classes"])
     except InputError as error:

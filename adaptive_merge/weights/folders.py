@@ -42,12 +42,17 @@ class Folder(Reader):
                 return _shards(index)
         return []
 
-    def read(self, path: Path, base: Weights | None = None) -> Weights:
-        files, folder = self.files(path), path if path.is_dir() else path.parent
+    def inside(self, path: Path) -> list[Path]:
+        """The files that hold the tensors; of a folder, none may be a link that leads out of it."""
+        files = self.files(path)
         if path.is_dir():
-            for file in [*files, folder / self.config, folder / "preprocessor_config.json"]:
-                _check_inside(file, folder)
-        return read_files(files, path, [self.statement(folder)], self.format)
+            for file in [*files, path / self.config, path / "preprocessor_config.json"]:
+                _check_inside(file, path)
+        return files
+
+    def read(self, path: Path, base: Weights | None = None) -> Weights:
+        folder = path if path.is_dir() else path.parent
+        return read_files(self.inside(path), path, [self.statement(folder)], self.format)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,9 +15,15 @@ __all__ = ["HuggingFace", "from_huggingface", "snapshot", "to_huggingface"]
 # CLIPVisionConfig's own defaults: older folders write only what differs from them.
 _DEFAULTS: Final = {"hidden_act": "quick_gelu", "num_attention_heads": 12, "image_size": 224, "layer_norm_eps": 1e-5}
 _ACTIVATIONS: Final = {"quick_gelu": True, "gelu": False}
-_SETTINGS: Final = ("config.json", "preprocessor_config.json", "open_clip_config.json")
-_SAFETENSORS: Final = ("model*.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors")
-_PICKLES: Final = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin")
+_SETTINGS: Final = ("config.json", "preprocessor_config.json", "open_clip_config.json", "adapter_config.json")
+_SAFETENSORS: Final = (
+    *("model*.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors"),
+    "adapter_model.safetensors",
+)
+_PICKLES: Final = (
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin"),
+    "adapter_model.bin",
+)
 
 
 class HuggingFace(Folder):

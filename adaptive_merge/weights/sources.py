@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
-from adaptive_merge.weights import huggingface, open_clip  # noqa: F401 (importing a format makes it known)
+from adaptive_merge.weights import huggingface, lora, open_clip  # noqa: F401 (importing a format makes it known)
 from adaptive_merge.weights.manifest import Manifest, Weights
 from adaptive_merge.weights.reader import Reader
 
@@ -29,8 +29,8 @@ def read_weights(
 
     Args:
         path_or_id: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.pkl` file (state dict, whole CLIP, or a whole
-            pickled model, of which nothing is run), an open_clip or Hugging Face folder, `local-dir:<folder>`,
-            `hf-hub:<org>/<name>[@revision]` or a hub id.
+            pickled model, of which nothing is run), an open_clip or Hugging Face folder, a LoRA adapter as PEFT
+            saves it, `local-dir:<folder>`, `hf-hub:<org>/<name>[@revision]` or a hub id.
         quick_gelu: the activation of the tower where the file cannot say it; True for OpenAI's weights and
             everything fine-tuned from them.
         revision: commit, tag or branch of a hub repository.

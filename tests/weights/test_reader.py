@@ -1,4 +1,4 @@
-"""A form that a user adds in a file of its own is read like those that ship; here LoRA, which needs the base."""
+"""A form that a user adds in a file of its own is read like those that ship; here one that needs the base."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.weights import Reader, Weights
 
 
-class Lora(Reader):
-    expects = "adapter_config.json with adapter_model.safetensors (LoRA)"
+class Change(Reader):
+    expects = "change.json with change.safetensors (a change)"
 
     def accepts(self, path):
-        return (path / "adapter_config.json").is_file()
+        return (path / "change.json").is_file()
 
     def read(self, path, base=None):
         if base is None:
             raise InputError(f"`{path}`: holds a difference to a pre-trained tower; give it as `base=`")
-        scale = json.loads((path / "adapter_config.json").read_text())["lora_alpha"]
-        factors, tensors = load_file(path / "adapter_model.safetensors"), dict(base.tensors)
+        scale = json.loads((path / "change.json").read_text())["lora_alpha"]
+        factors, tensors = load_file(path / "change.safetensors"), dict(base.tensors)
         for name in [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]:
             tensors[name] = tensors[name] + scale * factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
-        return Weights(tensors, dataclasses.replace(base.manifest, source=str(path), format="lora"))
+        return Weights(tensors, dataclasses.replace(base.manifest, source=str(path), format="change"))
 """
 NAME = "transformer.resblocks.1.mlp.c_fc.weight"
 
@@ -44,25 +44,28 @@ NAME = "transformer.resblocks.1.mlp.c_fc.weight"
 def users_file(tmp_path, monkeypatch):
     """The user's module, imported; forgotten after the test."""
     monkeypatch.setattr(Reader, "kinds", [*Reader.kinds])
-    (tmp_path / "users_lora.py").write_text(USERS_FILE)
+    (tmp_path / "users_change.py").write_text(USERS_FILE)
     monkeypatch.syspath_prepend(tmp_path)
-    __import__("users_lora")
+    __import__("users_change")
     yield
-    del sys.modules["users_lora"]
+    del sys.modules["users_change"]
 
 
 @pytest.fixture
 def folder(tmp_path, tower):
-    """A folder as an adapter is published, and the matrix that it adds."""
+    """A folder as a user keeps it, and the matrix that it adds."""
     low, high = torch.randn(2, 64), torch.randn(256, 2)
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"lora_alpha": 0.5}))
-    save_file({f"{NAME}.lora_A": low, f"{NAME}.lora_B": high}, tmp_path / "lora" / "adapter_model.safetensors")
-    return tmp_path / "lora", 0.5 * high @ low
+    (tmp_path / "change").mkdir()
+    (tmp_path / "change" / "change.json").write_text(json.dumps({"lora_alpha": 0.5}))
+    save_file({f"{NAME}.lora_A": low, f"{NAME}.lora_B": high}, tmp_path / "change" / "change.safetensors")
+    return tmp_path / "change", 0.5 * high @ low
 
 
 def test_without_the_users_file_the_known_forms_are_listed(folder):
-    with pytest.raises(am.InputError, match="expected open_clip_config.json .* or config.json .* or a .safetensors"):
+    with pytest.raises(
+        am.InputError,
+        match="expected open_clip_config.json .* or adapter_config.json .* or config.json .* or a .safetensors",
+    ):
         read_weights(folder[0])
 
 
@@ -71,7 +74,7 @@ def test_a_users_form_is_read_with_the_base(users_file, folder, tmp_path, tower)
     base = read_weights(tmp_path / "base.safetensors", quick_gelu=True)
     expert = read_weights(folder[0], base=base)
     assert torch.allclose(expert.tensors[NAME] - base.tensors[NAME], folder[1], atol=1e-6)
-    assert (expert.manifest.format, expert.manifest.source) == ("lora", str(folder[0]))
+    assert (expert.manifest.format, expert.manifest.source) == ("change", str(folder[0]))
     with pytest.raises(am.InputError, match="does not fit `quick_gelu=`"):
         read_weights(folder[0], base=base, quick_gelu=False)
     with pytest.raises(am.InputError, match="give it as `base=`"):

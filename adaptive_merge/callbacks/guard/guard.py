@@ -266,6 +266,11 @@ def check_oracle(trainer: pl.Trainer, datamodule: Any, endless: bool = False) ->
     """
     if getattr(getattr(datamodule, "protocol", None), "one_pass", False):
         raise InputError("select='oracle' cannot choose a step of a single pass: each image's first prediction counts")
+    images = getattr(datamodule, "images", {})
+    for task in (task for task in images if images[task].labels is None):
+        raise InputError(
+            f"select='oracle' chooses by labels, and the images of task {task!r} have none; choose another"
+        )
     every = trainer.val_check_interval if endless else trainer.val_check_batch
     every = math.inf if endless and isinstance(every, float) else every  # a share of a pass without end
     # Neither None nor a time says a number of steps.

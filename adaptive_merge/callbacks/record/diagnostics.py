@@ -29,7 +29,7 @@ class Diagnostics(pl.Callback):
     No image is run twice: `validation_step` has to return `{"features", "logits"}`. After the view "adapted" of a
     scoring, `diagnostics.safetensors` holds, i being the place of a task in the metadata's `tasks`:
 
-    - `confidence.<view>.<i>`, `correct.<view>.<i>`, `label.<view>.<i>` [n];
+    - `confidence.<view>.<i>`, `correct.<view>.<i>`, `label.<view>.<i>` [n], the last two where there are labels;
     - `features.<view>.<i>` [m, d] of the first m images;
     - `distance.<view>` [T]: mean |feature − expert's feature| on those m images;
     - `cosine` [T, T] between task vectors, and `cross` [T, T]: accuracy of expert i (row) on task j (column).
@@ -69,8 +69,9 @@ class Diagnostics(pl.Callback):
         place, view = pl_module.scored_tasks.index(batch["task"]), pl_module.view
         confidence, predicted = outputs["logits"].detach().float().softmax(-1).max(-1)
         self._kept[f"confidence.{view}.{place}"].append(confidence)
-        self._kept[f"correct.{view}.{place}"].append((predicted == batch["label"]).to(torch.uint8))
-        self._kept[f"label.{view}.{place}"].append(batch["label"])
+        if "label" in batch:
+            self._kept[f"correct.{view}.{place}"].append((predicted == batch["label"]).to(torch.uint8))
+            self._kept[f"label.{view}.{place}"].append(batch["label"])
         room = self.images - sum(map(len, self._kept[f"features.{view}.{place}"]))
         if room > 0:
             self._kept[f"features.{view}.{place}"].append(outputs["features"].detach()[:room].half())
@@ -95,7 +96,7 @@ class Diagnostics(pl.Callback):
         arrays = {name: torch.cat(parts).cpu() for name, parts in self._kept.items()}
         arrays |= self._distances(arrays, len(module.scored_tasks))
         arrays["cosine"] = _cosines(module.experts.vectors).cpu()
-        if self._crosses(module):
+        if self._crosses(module) and any(name.startswith("label.") for name in arrays):
             arrays["cross"] = self._cross(module)
         save_tensors(self._path, arrays, {"tasks": json.dumps(list(module.scored_tasks))})
 
@@ -120,7 +121,7 @@ class Diagnostics(pl.Callback):
             weights = module.views.weights("individual", expert)
             for column, task in enumerate(tasks):
                 labels = self._kept[f"label.{_LAST}.{column}"]
-                if task in self._sample:
+                if task in self._sample and labels:
                     images = torch.cat(self._sample[task])[: max(1, self.images // 4)]
                     predicted = module.model(task, images, weights, adapted=False).logits.argmax(-1)
                     result[row, column] = (predicted == torch.cat(labels)[: len(images)]).float().mean()

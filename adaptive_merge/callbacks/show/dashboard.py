@@ -75,7 +75,7 @@ class Dashboard(pl.Callback):
 
     def _collect(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for task in module.scored_tasks:
-            value = trainer.callback_metrics.get(f"{module.view}/{task}/accuracy")
+            value = trainer.callback_metrics.get(f"{module.view}/{task}/{module.measure}")
             if value is not None:
                 name = f"unseen: {task}" if task in module.unseen else task
                 self._scores[name][module.view] = float(value)
@@ -97,7 +97,7 @@ class Dashboard(pl.Callback):
 
         yield from self._running(trainer, module)
         if scores := self._complete():
-            yield "accuracy", accuracy_bars(scores)
+            yield module.measure, accuracy_bars(scores, module.measure)
             yield "gap", gap_recovered(scores)
             if len(scores) > 2:
                 yield "radar", accuracy_radar(scores)

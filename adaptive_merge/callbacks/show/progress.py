@@ -138,9 +138,11 @@ class Progress(ProgressBar):
             return
         self._close()
         view = getattr(pl_module, "view", "adapted")
-        accuracy = trainer.callback_metrics.get(f"{view}/accuracy")
-        if self._enabled and not self.console.is_terminal and accuracy is not None:
-            self._say(f"scored the {_VIEW_WORDS.get(view, view)}: {100 * float(accuracy):.1f} %")
+        measure = getattr(pl_module, "measure", "accuracy")
+        value = trainer.callback_metrics.get(f"{view}/{measure}")
+        if self._enabled and not self.console.is_terminal and value is not None:
+            words = "" if measure == "accuracy" else f" {measure}"
+            self._say(f"scored the {_VIEW_WORDS.get(view, view)}: {100 * float(value):.1f} %{words}")
 
     def _words(self, trainer: pl.Trainer, step: int) -> str:
         """Loss, entropy, images a second, time left."""

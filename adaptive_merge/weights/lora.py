@@ -1,0 +1,293 @@
+"""LoRA adapters as PEFT saves them, folded into the pre-trained tower that they were trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from adaptive_merge.errors import InputError
+from adaptive_merge.weights.files import open_entries
+from adaptive_merge.weights.folders import Folder, read_json
+from adaptive_merge.weights.huggingface_names import from_huggingface
+from adaptive_merge.weights.manifest import Manifest, Weights, sha256_of_files
+from adaptive_merge.weights.reader import check_finite
+
+__all__ = ["Lora"]
+
+_TOWER: Final = re.compile(r"((?:.*\.)?(?:vision_model|visual)\.)(.+)")
+_FACTOR: Final = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?$")
+_SPLIT: Final = re.compile(r"(.+\.attn\.)([qkv])_proj\.(weight|bias)$")
+_WHOLE: Final = ("CLIP", "CustomTextCLIP", "CLIPModel")  # where names without a prefix are the text tower's
+_WRAPPED: Final = "base_model.model."
+
+# What says nothing about the weights, or is read below.
+_KNOWN: Final = frozenset(
+    ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias")
+    + ("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights")
+    + ("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "megatron_config", "peft_version")
+    + ("modules_to_save", "qalora_group_size", "revision", "target_modules", "task_type", "ensure_weight_tying")
+    + ("eva_config", "runtime_config", "lora_dtype")
+)
+_KEEPS_BASE: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+class Lora(Folder):
+    """A PEFT adapter: θ = θ₀ + scale·B·A (Hu et al., "LoRA", eq. 3); the scale is alpha/r, or alpha/√r in rsLoRA.
+
+    DoRA's magnitudes and the biases, layers and modules that PEFT trained whole are folded in as well. Queries, keys
+    and values apart (Hugging Face) or fused (open_clip's `nn.MultiheadAttention`) give the same tower.
+    """
+
+    expects = "adapter_config.json with adapter_model.safetensors (LoRA, by PEFT)"
+    format, config = "lora", "adapter_config.json"
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+
+    def statement(self, folder: Path) -> Manifest:
+        return Manifest(str(folder / self.config))
+
+    def read(self, path: Path, base: Weights | None = None) -> Weights:
+        if base is None:
+            raise InputError(
+                f"`{path}`: a LoRA adapter is a difference to a pre-trained tower; give that tower as `base=`, or name "
+                "the adapter as an expert of a suite"
+            )
+        folder = path if path.is_dir() else path.parent
+        settings = _Settings.read(folder / self.config)
+        files = self.inside(path)
+        entries: dict[str, Tensor] = {}
+        for file in files:
+            loaders, _, _ = open_entries(file)
+            entries |= {name: load() for name, load in loaders.items()}
+        names, dropped = _tower_names(entries, settings.text_too, str(path))
+        tensors = _folded(dict(base.tensors), {names[name]: entries[name] for name in names}, settings, str(path))
+        check_finite(tensors, str(path))
+        manifest = dataclasses.replace(
+            base.manifest,
+            source=str(path),
+            format=self.format,
+            sha256=sha256_of_files(files),
+            dtype=", ".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in entries.values()})),
+            revision=None,
+            dropped=tuple(dropped),
+            notes=settings.notes
+            + _notes(dropped, settings.biases and not any(name.endswith("bias") for name in names)),
+        )
+        return Weights(tensors, manifest)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of an adapter that its weights depend on."""
+
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    square_root: bool
+    text_too: bool
+    biases: bool
+    path: str
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> _Settings:
+        """From `adapter_config.json`.
+
+        Raises:
+            InputError: no LoRA, or a form of it whose weights cannot be told from this configuration.
+        """
+        config = read_json(path)
+        if config.get("peft_type") != "LORA":
+            raise InputError(
+                f"`{path}`: peft_type {config.get('peft_type')!r}; only LORA adapters are read. Merge others into the "
+                "model with PEFT's `merge_and_unload` and save that"
+            )
+        if config.get("init_lora_weights", True) not in _KEEPS_BASE:
+            raise InputError(
+                f"`{path}`: init_lora_weights {config['init_lora_weights']!r} also changed the base, which this "
+                "adapter does not hold; save it anew with `path_initial_model_for_weight_conversion`"
+            )
+        odd = {key: value for key, value in config.items() if key not in _KNOWN and value not in (None, False, {}, [])}
+        odd.pop("loftq_config", None)
+        odd |= {"fan_in_fan_out": True} if config.get("fan_in_fan_out") else {}
+        if odd:
+            raise InputError(
+                f"`{path}`: {', '.join(f'{key} {value!r}' for key, value in odd.items())}: not known how this changes "
+                "the weights; merge the adapter into its model with PEFT's `merge_and_unload` and save that"
+            )
+        return cls._checked(path, config)
+
+    @classmethod
+    def _checked(cls, path: Path, config: dict[str, Any]) -> _Settings:
+        name = config.get("base_model_name_or_path")
+        settings = cls(
+            config.get("r", 8),
+            config.get("lora_alpha", 8),
+            config.get("rank_pattern") or {},
+            config.get("alpha_pattern") or {},
+            bool(config.get("use_rslora")),
+            (config.get("auto_mapping") or {}).get("base_model_class") in _WHOLE,
+            config.get("bias", "none") != "none",
+            str(path),
+            (f"adapter of {name}",) if name else (),
+        )
+        numbers = [settings.rank, settings.alpha, *settings.ranks.values(), *settings.alphas.values()]
+        if not all(
+            isinstance(number, int | float) and not isinstance(number, bool) and number > 0 for number in numbers
+        ):
+            raise InputError(f"`{path}`: r, lora_alpha and their patterns should be positive numbers, found {numbers}")
+        return settings
+
+    def of(self, module: str, rank: int) -> float:
+        """The scale of a module's product, whose first factor has `rank` rows."""
+        stated = self._matching(self.ranks, module, self.rank)
+        if rank != stated:
+            raise InputError(
+                f"`{self.path}`: module `{module}`: rank {rank} in the weights, {stated} in the configuration; they do "
+                "not belong together"
+            )
+        return float(self._matching(self.alphas, module, self.alpha)) / (rank**0.5 if self.square_root else rank)
+
+    def _matching(self, pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+        """As PEFT: the first key that is the module's name or, as a regular expression, its end after a dot."""
+        try:
+            return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+        except re.error as error:
+            raise InputError(f"`{self.path}`: a key of rank_pattern or alpha_pattern is no pattern: {error}") from error
+
+
+@dataclass
+class _Module:
+    """What an adapter holds for one matrix, embedding or convolution."""
+
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    scaled_as: str = ""
+    times: float = 1.0
+
+
+def _tower_names(entries: Mapping[str, Tensor], text_too: bool, path: str) -> tuple[dict[str, str], list[str]]:
+    """Name in the file → name inside the image tower, and the names outside it."""
+    plain = {name: name.removeprefix(_WRAPPED) for name in entries}
+    prefixes = {match[1] for name in plain.values() if (match := _TOWER.match(name))}
+    if len(prefixes) > 1:
+        raise InputError(f"`{path}`: adapters of {len(prefixes)} image towers, {sorted(prefixes)}; expected one")
+    prefix = next(iter(prefixes), "")
+    projection = prefix.removesuffix("vision_model.") + "visual_projection."
+    inside = {
+        name: inner.removeprefix(prefix)
+        for name, inner in plain.items()
+        if inner.startswith((prefix, projection)) and not inner.startswith("text_")
+    }
+    if not inside or (text_too and not prefix):
+        raise InputError(
+            f"`{path}`: no tensor of an image tower among {len(entries)} ({', '.join(list(entries)[:3])} …)"
+        )
+    return inside, [name for name in entries if name not in inside]
+
+
+def _folded(
+    tower: dict[str, Tensor], entries: Mapping[str, Tensor], settings: _Settings, path: str
+) -> dict[str, Tensor]:
+    """The tower with everything of the adapter in it; trained-whole tensors first, low-rank products on top."""
+    modules: dict[str, _Module] = defaultdict(_Module)
+    biases: dict[str, Tensor] = {}
+    for name, tensor in entries.items():
+        if name.endswith(".lora_B.bias"):
+            biases[name.removesuffix(".lora_B.bias")] = tensor.float()
+        elif match := _FACTOR.match(name):
+            _add_factor(modules, match[1], match[2].removeprefix("lora_"), tensor.float(), path)
+        else:
+            _write(tower, name.replace("base_layer.", ""), tensor.float(), path)
+    for module, held in modules.items():
+        low, high = (held.factors.get(kind, held.factors.get(f"embedding_{kind}")) for kind in "AB")
+        if low is None or high is None:
+            raise InputError(
+                f"`{path}`: module `{module}`: one factor of its product is missing; the file is incomplete"
+            )
+        scale = settings.of(held.scaled_as, low.shape[0]) * held.times
+        embedding = "embedding_A" in held.factors
+        product = (high.flatten(1) @ low.flatten(1)) * scale
+        magnitude = held.factors.get("magnitude_vector")
+        _add(tower, f"{module}.weight", product.t() if embedding else product, magnitude, path)
+        if module in biases:
+            _add(tower, f"{module}.bias", biases[module] * scale, None, path)
+    return tower
+
+
+def _add_factor(modules: dict[str, _Module], name: str, kind: str, tensor: Tensor, path: str) -> None:
+    # PEFT wraps `nn.MultiheadAttention` with its `out_proj`, at the attention's rank and scale. Its forward, by which
+    # the factors were trained, and its `merge_and_unload` add the product of `out_proj` twice (PEFT 0.21.2).
+    module, scaled_as = name.replace("base_layer.", ""), name.split(".base_layer")[0]
+    held = modules[module]
+    held.times = 2.0 if scaled_as != name else 1.0
+    if kind in held.factors:
+        raise InputError(
+            f"`{path}`: module `{module}` is adapted twice (by itself and as a part of its attention); merge the "
+            "adapter into its model with PEFT's `merge_and_unload` and save that"
+        )
+    held.factors[kind], held.scaled_as = tensor, scaled_as
+
+
+def _place(tower: Mapping[str, Tensor], name: str, path: str) -> tuple[str, slice]:
+    """The tower's tensor that a name of the adapter means, and its rows: q, k and v are thirds of one matrix."""
+    ours = "proj" if name == "visual_projection.weight" else from_huggingface(name) or name
+    stem, _, kind = ours.rpartition(".")
+    if stem.endswith(".attn"):  # the attention itself is its fused matrix
+        ours = f"{stem}.in_proj_{kind}"
+    rows = slice(None)
+    if match := _SPLIT.match(ours):
+        ours = f"{match[1]}in_proj_{match[3]}"
+        width = len(tower[ours]) // 3 if ours in tower else 0
+        rows = slice("qkv".index(match[2]) * width, ("qkv".index(match[2]) + 1) * width)
+    if ours not in tower and stem in tower and kind == "weight":  # an embedding is a bare tensor in open_clip
+        ours = stem
+    if ours not in tower:
+        raise InputError(f"`{path}`: tensor `{name}` has no place in a CLIP image tower; expected PEFT's names")
+    return ours, rows
+
+
+def _write(tower: dict[str, Tensor], name: str, value: Tensor, path: str) -> None:
+    """Replace (a part of) a tensor of the tower by one that was trained whole."""
+    ours, rows = _place(tower, name, path)
+    tower[ours] = tower[ours].clone()
+    _fits(tower[ours][rows], value.t() if ours == "proj" else value, name, path)
+    tower[ours][rows] = value.t() if ours == "proj" else value
+
+
+def _add(tower: dict[str, Tensor], name: str, change: Tensor, magnitude: Tensor | None, path: str) -> None:
+    """Add a change, flattened to [outputs, inputs]; DoRA then gives each output the length `magnitude`."""
+    ours, rows = _place(tower, name, path)
+    change = change.t() if ours == "proj" else change
+    part = tower[ours][rows]
+    _fits(part.flatten(1) if part.dim() > 1 else part, change, name, path)
+    total = part + change.reshape(part.shape)
+    if magnitude is not None:
+        matrix = total.t() if ours == "proj" else total.flatten(1)
+        lengths = torch.linalg.norm(matrix, dim=1, keepdim=True)
+        matrix = matrix * (magnitude.reshape(-1, 1) / lengths)
+        total = (matrix.t() if ours == "proj" else matrix).reshape(part.shape)
+    tower[ours] = tower[ours].clone()
+    tower[ours][rows] = total
+
+
+def _fits(place: Tensor, value: Tensor, name: str, path: str) -> None:
+    if place.shape != value.shape:
+        raise InputError(
+            f"`{path}`: tensor `{name}`: its product has shape {tuple(value.shape)}, the pre-trained tower "
+            f"{tuple(place.shape)} there; give the base that this adapter was trained on"
+        )
+
+
+def _notes(dropped: list[str], lost: bool) -> tuple[str, ...]:
+    notes = [f"adapters outside the image tower, dropped: {', '.join(dropped[:4])}"] if dropped else []
+    if lost:  # as PEFT before 0.21 does for `bias="lora_only"`
+        notes.append("biases were trained, but the PEFT that saved this adapter left them out; they are the base's")
+    return tuple(notes)
