@@ -37,7 +37,7 @@ class FileSource:
     """One file per image.
 
     Args:
-        root: folder that the files are under; the identity holds their paths relative to it.
+        root: folder that the files are under; see `identity_of_files`.
         files: in the order of the data set.
         labels: class of each file; None where they are not known.
         classes: class names.
@@ -70,7 +70,7 @@ class TorchvisionSource:
 
     Args:
         dataset: indexable, gives (PIL image, label).
-        root: folder of its files; their names and sizes are the identity.
+        root: folder of its files, which are the identity; see `identity_of_files`.
         labels: class of each image.
         classes: class names.
     """
@@ -128,10 +128,14 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def identity_of_files(root: Path, files: Sequence[Path]) -> str:
-    """sha256 of the list of (path relative to `root`, bytes); contents are not read."""
-    digest = hashlib.sha256()
+    """sha256 of the root and of the list of (path below it, bytes, time of the last change); contents are not read."""
+    digest = hashlib.sha256(str(root.resolve()).encode() + b"\n")
     for path in files:
-        size = path.stat().st_size if path.is_file() else -1
+        try:
+            state = path.stat()
+            facts = [state.st_size, state.st_mtime_ns]
+        except OSError:
+            facts = [-1, -1]
         name = path.relative_to(root) if path.is_relative_to(root) else path
-        digest.update(json.dumps([name.as_posix(), size]).encode() + b"\n")
+        digest.update(json.dumps([name.as_posix(), *facts]).encode() + b"\n")
     return digest.hexdigest()

@@ -220,7 +220,8 @@ class AdaptiveMerge(ScoredModule):
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
     def teardown(self, stage: str) -> None:
-        """From here on one process may merge without the others."""
+        """From here on one process may merge without the others; what scoring has said is kept as well."""
+        self.views.outputs.flush()
         self.model.backbone.placement.close()
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
