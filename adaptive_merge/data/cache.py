@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transform
 
 from adaptive_merge.data.images import Images
-from adaptive_merge.data.sources import ImageSource
+from adaptive_merge.data.sources import ImageSource, eight_bit
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_json
 
@@ -80,7 +80,7 @@ def cached_images(
 
 def resized(image: Image.Image, size: int) -> np.ndarray:
     """uint8 [size, size, 3], as open_clip's evaluation transform has it before scaling to [0, 1]."""
-    image = transform.resize(image, size, InterpolationMode.BICUBIC)
+    image = transform.resize(eight_bit(image), size, InterpolationMode.BICUBIC)
     return np.asarray(transform.center_crop(image, [size, size]).convert("RGB"))
 
 
