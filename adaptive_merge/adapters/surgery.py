@@ -66,7 +66,8 @@ class FeatureSurgery(Adapter):
 class BlockSurgery(FeatureSurgery):
     """An adapter after every block on every token, and one on the features (Yang et al., "SurgeryV2", 2024).
 
-    Depth and width come from the backbone: ViT-B and ViT-L work alike. Published: rank 16 for ViT-B, 4 for L.
+    Depth and width come from the backbone, its blocks by their names or by `AdaptiveMerge(blocks=…)`: ViT-B and ViT-L
+    work alike. Published: rank 16 for ViT-B, 4 for L.
 
     Args:
         rank: r of every adapter.
@@ -75,8 +76,6 @@ class BlockSurgery(FeatureSurgery):
     def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
         super().create(backbone, heads)
         self.depth = len(backbone.blocks)
-        if not self.depth:
-            raise InputError("BlockSurgery needs a backbone of numbered blocks, such as `transformer.resblocks.0`")
         width = backbone.block_width()
         self.block_down, self.block_up = _pairs(len(self.tasks) * self.depth, self.rank, width)
 

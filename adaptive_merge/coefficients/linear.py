@@ -152,8 +152,8 @@ class Coefficients(LinearRule):
         """Λ [T, G] as the merge uses it."""
         if self.bounds != "clamp":
             return self.values
-        # The published gradient is 1 on the bounds themselves. `clamp`'s own is 1 there up to torch 2.14 and 0
-        # from 2.15 on, where a coefficient that starts at 0 would never move.
+        # `clamp`'s own gradient is 0 on the bounds themselves as well (torch 2.14): a coefficient that starts at 0
+        # would never move. Here it is 1 there.
         inside = (self.values >= 0) & (self.values <= 1)
         return torch.where(inside, self.values, self.values.detach().clamp(0, 1))
 
@@ -205,8 +205,9 @@ class BlockWise(Coefficients):
     granularity = "block"
 
     def group_names(self, layout: Layout) -> list[str]:
+        layout.depth("BlockWise")
         blocks = layout.blocks
-        last = max((index for index, block in enumerate(blocks) if block), default=-1)
+        last = max(index for index, block in enumerate(blocks) if block)
         return [block or ("before" if index < last else "after") for index, block in enumerate(blocks)]
 
 

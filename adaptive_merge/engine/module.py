@@ -18,6 +18,7 @@ from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.batches import check_batch
 from adaptive_merge.engine.begin import Begun, begin, rebased
+from adaptive_merge.engine.choices import experts_of, merged_of
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
@@ -26,16 +27,15 @@ from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, closing, one_epoch, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
-from adaptive_merge.engine.transformed import transformed
 from adaptive_merge.engine.typed import ListOf
-from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
 from adaptive_merge.merge.rule import Rule
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Objective, Prediction
 from adaptive_merge.objectives.certainty import Entropy
-from adaptive_merge.schedule import Stage, at_step
+from adaptive_merge.schedule import Stage, at_step, check_rates
 from adaptive_merge.starts.base import Start
 from adaptive_merge.transforms.base import Transform
 
@@ -71,6 +71,8 @@ class AdaptiveMerge(ScoredModule):
         bank: `"resident"`: the bank is held on each device. `"streamed"`: it stays in host memory and crosses to
             the device piece by piece, twice a step. `"sharded"`: each process holds one slice of it on its device;
             weights and their gradients are exchanged every step. All learn the same.
+        blocks: pattern of the names of the backbone's repeated blocks (`layer*.*`), for all that works on blocks;
+            default: told by the parameters' names, see `merge.blocks`.
     """
 
     def __init__(
@@ -93,30 +95,26 @@ class AdaptiveMerge(ScoredModule):
         cache: str | None = None,
         unseen: Sequence[str] = (),
         bank: BankKind = "resident",
+        blocks: str | None = None,
     ) -> None:
         super().__init__()
         if accumulate not in ("auto", "joint", "per_task"):
             raise InputError(f"unknown accumulate {accumulate!r}; choose 'auto', 'joint' or 'per_task'")
         if stages and objective:
             raise InputError("give either one objective or stages with an objective each, not both")
-        self.recipe, self.accumulate = recipe, accumulate
+        self.recipe, self.accumulate, self.blocks = recipe, accumulate, blocks
         self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
+        check_rates(self.lr, self.adapter_lr, betas, weight_decay)
         self.betas, self.weight_decay = betas, weight_decay
-        self.experts, self.unseen = task_vectors, tuple(unseen)
-        for task in (task for task in self.unseen if task not in task_vectors.tasks):
-            raise InputError(f"there is no task {task!r} to leave out{did_you_mean(task, task_vectors.tasks)}")
-        kept = [task for task in task_vectors.tasks if task not in self.unseen]
-        if not kept:
-            raise InputError("all tasks are left out; keep at least one to merge and to adapt on")
-        merged = task_vectors.select(kept) if unseen else task_vectors
-        merged = transformed(merged, transforms)
+        self.experts, self.unseen = experts_of(task_vectors, blocks), tuple(unseen)
+        merged = merged_of(self.experts, self.unseen, transforms)
         self.model = AdaptedModel(
             MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
         )
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in task_vectors.tasks)
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in self.experts.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
@@ -128,6 +126,7 @@ class AdaptiveMerge(ScoredModule):
         if start is not None:
             self._parts |= identity.of_part("start", start)
             copy.deepcopy(self.coefficients).rebase(merged)  # refused now, not after the start is solved
+        identity.check_numbers(self._parts)
         self._data: identity.Identity | None = None
         self._vectors: str | None = None
 
@@ -230,7 +229,8 @@ class AdaptiveMerge(ScoredModule):
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
     def teardown(self, stage: str) -> None:
-        """From here on one process may merge without the others."""
+        """From here on one process may merge without the others; what scoring has said is kept as well."""
+        self.views.outputs.flush()
         self.model.backbone.placement.close()
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:

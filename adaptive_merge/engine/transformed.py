@@ -83,7 +83,7 @@ def _ships(part: Any) -> bool:
 
 
 def _identity(bank: TaskVectors, transforms: Sequence[Any]) -> str:
-    parts: dict[str, Any] = {"experts": bank.fingerprint}
+    parts: dict[str, Any] = {"experts": bank.fingerprint, "blocks": bank.layout.pattern}
     for number, transform in enumerate(transforms, 1):
         parts |= identity.of_part(f"transform {number}", transform, _NESTED)
     source = hashlib.sha256()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptive_merge.adapters.heads import HeadLike, LinearHead
 from adaptive_merge.data.images import Images, LazyImages
-from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.errors import InputError, MissingFileError, check_normalisation, did_you_mean
 from adaptive_merge.files import shipped
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.task_vectors import TaskVectors
@@ -94,6 +94,7 @@ def _load_plain(
         if task not in known:
             raise InputError(f"suite {name!r} has no task {task!r}{did_you_mean(task, known)}")
     backbone = build_encoder()
+    check_normalisation(str(folder / "suite.json"), manifest["mean"], manifest["std"])
     backbone.image_mean, backbone.image_std = tuple(manifest["mean"]), tuple(manifest["std"])
     pretrained = _in_order(backbone, _read_tensors(folder, "pretrained.safetensors", manifest), folder)
     heads = _read_tensors(folder, "heads.safetensors", manifest)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from adaptive_merge.errors import InputError
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
@@ -49,11 +48,9 @@ def depth(layout: Layout) -> list[float]:
     """For each parameter ℓ/(L − 1), from 0 in the first block to 1 in the last; 0 outside the blocks.
 
     Raises:
-        InputError: no parameter name has a number.
+        InputError: there are no repeated blocks, or none that can be told by their names.
     """
-    blocks = list(dict.fromkeys(block for block in layout.blocks if block))
-    if not blocks:
-        raise InputError("the blocks of the backbone are scaled by depth, but no parameter name has a number")
+    blocks = layout.depth("LiNeS")
     last = max(len(blocks) - 1, 1)
     return [blocks.index(block) / last if block else 0.0 for block in layout.blocks]
 

@@ -65,10 +65,10 @@ def pieces(layout: Layout, qkv: QKV = "fused", blocks_only: bool = False) -> Ite
         blocks_only: count only those in the numbered blocks: the weights of attention and MLP.
 
     Raises:
-        InputError: `blocks_only`, and the layout has no numbered blocks.
+        InputError: `blocks_only`, and the layout has no repeated blocks.
     """
-    if blocks_only and not any(layout.blocks):
-        raise InputError("this transform works on the blocks of the backbone, but no parameter name has a number")
+    if blocks_only:
+        layout.depth("this transform")
     for name, shape, part, block in zip(layout.names, layout.shapes, layout.slices, layout.blocks):
         is_matrix = len(shape) == 2 and "text_projection" not in name and bool(block or not blocks_only)
         cuts = 3 if qkv == "split" and name.endswith("in_proj_weight") and shape[0] % 3 == 0 else 1
