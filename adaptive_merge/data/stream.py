@@ -120,10 +120,13 @@ class TaskStream(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Unlabelled steps, from the one that the trainer has reached; without end, but in a single pass."""
-        take = {task: self.images[task].take for task in self.draws.pools}
-        steps = _Steps(self.draws, take, *self._ranks(), self.share == "tasks")
         sampler = StepSampler(self._steps_taken, self.draws.end)
-        return DataLoader(steps, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+        return DataLoader(self._steps(), batch_size=None, sampler=sampler, num_workers=self.num_workers)
+
+    def taken(self) -> Iterator[dict[str, Tensor]]:
+        """This process's images, task → int64, of each step that the trainer has taken; none is read."""
+        steps = self._steps()
+        return (steps.share(step) for step in range(self._steps_taken()))
 
     def val_dataloader(self) -> list[DataLoader]:
         """One loader per task over this process's share of the scored images; nothing is padded or repeated."""
@@ -133,6 +136,10 @@ class TaskStream(pl.LightningDataModule):
             share = self.scored[task][rank::world].split(self.eval_batch_size)
             loaders.append(DataLoader(_Labelled(task, images, share), batch_size=None, num_workers=self.num_workers))
         return loaders
+
+    def _steps(self) -> _Steps:
+        take = {task: self.images[task].take for task in self.draws.pools}
+        return _Steps(self.draws, take, *self._ranks(), self.share == "tasks")
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -160,8 +167,15 @@ class _Steps(Dataset):
     def __getitem__(self, step: int) -> dict[str, dict[str, Any]]:
         return {task: self._batch(task, index) for task, index in self.draws[step].items() if task in self.mine}
 
+    def share(self, step: int) -> dict[str, Tensor]:
+        """This process's images of a step."""
+        return {task: self._part(index) for task, index in self.draws[step].items() if task in self.mine}
+
+    def _part(self, whole: Tensor) -> Tensor:
+        return whole if self.owns else whole[self.rank :: self.world]
+
     def _batch(self, task: str, whole: Tensor) -> dict[str, Any]:
-        index = whole if self.owns else whole[self.rank :: self.world]
+        index = self._part(whole)
         weight = self.world * len(index) / len(whole)
         batch = {"image": self.take[task](index), "index": index}
         return batch if weight == 1 else batch | {"weight": weight}

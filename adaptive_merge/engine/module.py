@@ -19,7 +19,8 @@ from adaptive_merge.engine.begin import Begun, begin, rebased
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
-from adaptive_merge.engine.scored import ScoredModule
+from adaptive_merge.engine.replay import replay
+from adaptive_merge.engine.scored import CloseBank, ScoredModule
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
@@ -172,12 +173,17 @@ class AdaptiveMerge(ScoredModule):
         """Logits [B, C] of the adapted model for images of one task."""
         return self.model(task, images).logits
 
+    def on_train_start(self) -> None:
+        """A resumed run hears again what frozen networks said before it was interrupted, batch for batch."""
+        if self._stream and self.global_step:
+            replay(self, self._stream, self.enter)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update on unlabelled batches, task → {"image", "index"}, and "weight" where processes hold unequal parts.
 
         What the model said about the images, before it learns from them, is in `said`: task → logits [B, C].
         """
-        objective = self._enter(self.stage)
+        objective = self.enter(self.stage)
 
         def expert(task: str) -> Prediction:
             return self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
@@ -204,7 +210,7 @@ class AdaptiveMerge(ScoredModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """One for what modules have no hook for; this is also the last hook before the processes form their group."""
         bound_waiting(self.trainer.strategy)
-        return [_CloseBank()]
+        return [CloseBank()]
 
     def setup(self, stage: str) -> None:
         """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
@@ -285,7 +291,8 @@ class AdaptiveMerge(ScoredModule):
         going_on = self._trainer is not None and self._trainer.training
         identity.check(checkpoint, self.method, self._data if going_on else None)
 
-    def _enter(self, stage: Stage) -> Objective:
+    def enter(self, stage: Stage) -> Objective:
+        """Let learn what learns in a stage; its objective."""
         if len(self.stages) > 1:
             for parameter in self.rule_parameters:
                 parameter.requires_grad_(stage.learn != "adapters")
@@ -310,11 +317,3 @@ class AdaptiveMerge(ScoredModule):
         self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
         if kept:
             self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
-
-
-class _CloseBank(pl.Callback):
-    """After an error a process merges alone again: it may have something to save."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(pl_module, AdaptiveMerge):
-            pl_module.model.backbone.placement.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -18,8 +18,9 @@ from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.merge.task_vectors import TaskVectors
+from adaptive_merge.schedule import Stage
 
-__all__ = ["ScoredModule"]
+__all__ = ["CloseBank", "ScoredModule"]
 
 
 class ScoredModule(pl.LightningModule):
@@ -31,6 +32,7 @@ class ScoredModule(pl.LightningModule):
     views: FrozenViews
     scores: ListOf[TaskScore]
     begun: Begun | None
+    stages: Sequence[Stage]
     view: View = "adapted"
     _compares = False
 
@@ -113,3 +115,11 @@ class ScoredModule(pl.LightningModule):
     def _source(self, task: str) -> Any:
         """The images that a batch's indices point into; None in a loop without a TaskStream."""
         return self._stream.images.get(task) if self._stream else None
+
+
+class CloseBank(pl.Callback):
+    """After an error a process merges alone again: it may have something to save."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, ScoredModule):
+            pl_module.model.backbone.placement.close()
