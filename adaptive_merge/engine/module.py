@@ -214,10 +214,7 @@ class AdaptiveMerge(ScoredModule):
 
     def setup(self, stage: str) -> None:
         """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
-        stream = self._stream
-        if stream and set(stream.protocol.unseen) != set(self.unseen):
-            left_out = [list(stream.protocol.unseen), list(self.unseen)]
-            raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
+        self._check_stream()
         if stage == "fit":
             self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
         if self.start is not None and self.begun is None:
