@@ -47,6 +47,9 @@ class Objective(ABC):
     filters: bool = False
     """Whether `keep` may leave images out."""
 
+    smooth_maximum: float | None = None
+    """α, where a step asks for α · log Σₜ exp(ℓₜ / (T α)) of the losses ℓₜ of T tasks; None: for their sum."""
+
     @abstractmethod
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
         """The loss of each unit, [U], or image, [B]; `expert` is the frozen expert's prediction for the same images."""
