@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["AdaptiveMergeError", "InputError", "MissingFileError", "did_you_mean"]
+__all__ = ["AdaptiveMergeError", "InputError", "MissingFileError", "did_you_mean", "printable"]
 
 EXIT_USAGE = 2
 
@@ -32,3 +32,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3) or (known if len(known) <= 12 else [])
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out, so that no name from a file steers the terminal that shows it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)

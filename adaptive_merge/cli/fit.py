@@ -22,11 +22,12 @@ from adaptive_merge.callbacks.safe.ranks import RunStopped
 from adaptive_merge.callbacks.safe.safeguards import safeguards
 from adaptive_merge.cli.configs import layered
 from adaptive_merge.cli.hints import explain
+from adaptive_merge.cli.trainer import check_end, check_trainer, refusal
 from adaptive_merge.coefficients.files import save_coefficients
 from adaptive_merge.data import TaskStream
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import AdaptiveMergeError, InputError
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
 from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run
@@ -169,9 +170,11 @@ class AdaptiveMergeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Point loggers and checkpoints at the run folder, after checking that nothing in it gets lost."""
+        settings = self.settings
+        if self.subcommand:
+            check_trainer(settings.trainer)
         if self.subcommand != "fit":
             return
-        settings = self.settings
         settings.weights_only = True
         check_writable(self.folder)
         settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(self.folder)
@@ -186,6 +189,18 @@ class AdaptiveMergeCLI(LightningCLI):
         elif settings.run.if_exists == "refuse" and not _lies_in(settings.ckpt_path, self.folder):
             refuse_run(self.folder)
         self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what the parts of a configuration refuse is said of their setting."""
+        try:
+            super().instantiate_classes()
+        except AdaptiveMergeError:
+            raise
+        except Exception as error:
+            message = refusal(error, self.settings)
+            if message is None:
+                raise
+            raise InputError(message) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer; for `fit` with a CSV log and the last checkpoint always on, beside what the user asks for."""
@@ -227,6 +242,7 @@ class AdaptiveMergeCLI(LightningCLI):
             found = read_checkpoint(self.settings.ckpt_path)
             identity.check(found, self.model.method, identity.of_data(self.datamodule))
         _ = self.datamodule.draws, self.datamodule.scored  # a protocol may not fit the data
+        check_end(self.settings.trainer, endless=not self.datamodule.draws.end)
         if any(isinstance(one, Guard) and one.select == "oracle" for one in self.trainer.callbacks):
             check_oracle(self.trainer, self.datamodule, endless=True)
         if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
