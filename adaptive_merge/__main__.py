@@ -7,7 +7,7 @@ import sys
 from adaptive_merge import __version__
 from adaptive_merge.cli.door import REPORT, message_of
 from adaptive_merge.cli.table import command, overview
-from adaptive_merge.errors import EXIT_USAGE, InputError, printable
+from adaptive_merge.errors import EXIT_USAGE, InputError, printable, shorten
 
 __all__ = ["main"]
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if message is None:
             error.add_note(REPORT)
             raise
-        sys.stderr.write(f"adaptive-merge: {printable(message)}\n")
+        sys.stderr.write(f"adaptive-merge: {shorten(printable(message))}\n")
         return getattr(error, "exit_code", EXIT_USAGE)
     return 0
 

@@ -15,7 +15,16 @@ import yaml
 
 from adaptive_merge.errors import InputError, MissingFileError, printable
 
-__all__ = ["check_header", "check_names", "check_nesting", "parse_yaml", "read_json", "read_text", "read_yaml"]
+__all__ = [
+    "LimitError",
+    "check_header",
+    "check_names",
+    "check_nesting",
+    "parse_yaml",
+    "read_json",
+    "read_text",
+    "read_yaml",
+]
 
 TEXT_BYTES: Final = 16 << 20  # of a JSON, YAML or text file
 VALUES: Final = 200_000  # in a configuration, those behind aliases counted as often as they are named
@@ -36,6 +45,10 @@ PIXELS: Final = 100_000_000  # of an image, as it is stored and as it is resized
 IMAGE_FORMATS: Final = ("JPEG", "MPO", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")  # that Pillow may try
 
 
+class LimitError(InputError):
+    """A file or text that asks for more than anything that is read here has."""
+
+
 def read_text(path: Path) -> str:
     """The content of a regular UTF-8 file within `TEXT_BYTES`.
 
@@ -49,7 +62,7 @@ def read_text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > TEXT_BYTES:
-            raise InputError(f"{path}: refused, {size:,} bytes of text, expected at most {TEXT_BYTES:,}")
+            raise LimitError(f"{path}: refused, {size:,} bytes of text, expected at most {TEXT_BYTES:,}")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as UTF-8 text ({error}); write or copy it again") from error
@@ -68,7 +81,9 @@ def read_json(path: Path, strict: bool = True) -> Any:
         content = json.loads(read_text(path), parse_constant=_no_number if strict else float)
     except InputError:
         raise
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise LimitError(f"{path}: refused, more than {NESTING} levels") from error
+    except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error}); write or copy it again") from error
     check_nesting(content, str(path))
     return content
@@ -91,6 +106,8 @@ def parse_yaml(text: str, name: str) -> Any:
     """
     try:
         content = yaml.safe_load(text)
+    except RecursionError as error:
+        raise LimitError(f"{name}: refused, more than {NESTING} levels") from error
     except Exception as error:  # beside YAMLError its constructors raise ValueError, KeyError, IndexError, ...
         raise InputError(f"{name}: not readable as YAML ({error})") from error
     check_nesting(content, name)
@@ -112,14 +129,14 @@ def check_nesting(content: Any, name: str) -> None:
         children = [*part.keys(), *part.values()] if isinstance(part, dict) else [*part]
         if not counted:
             if id(part) in open_:
-                raise InputError(f"{name}: refused, an alias names what it is in; write it out")
+                raise LimitError(f"{name}: refused, an alias names what it is in; write it out")
             open_.add(id(part))
             stack += [(part, True), *((child, False) for child in children)]
             continue
         below = [sizes.get(id(child), (1, 0)) for child in children]
         size = sizes[id(part)] = (1 + sum(count for count, _ in below), 1 + max((deep for _, deep in below), default=0))
         if size[0] > VALUES or size[1] > NESTING:
-            raise InputError(f"{name}: refused, more than {VALUES:,} values (with aliases) or {NESTING} levels of them")
+            raise LimitError(f"{name}: refused, more than {VALUES:,} values (with aliases) or {NESTING} levels of them")
 
 
 def check_names(names: Iterable[Any], what: str, path: str | Path, *, folder: bool = False) -> None:

@@ -52,6 +52,8 @@ def message_of(error: BaseException) -> str | None:
         return _of_memory(error)
     if isinstance(error, OSError):
         return _of_system(error)
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return "a path holds a null byte, which no file's name can; correct it"
     if any(frame.f_code.co_name in _STEPS for frame, _ in traceback.walk_tb(error.__traceback__)):
         return None
     place = origin(error)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+import yaml
 from jsonargparse import Namespace, class_from_function
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -28,6 +29,7 @@ from adaptive_merge.data import TaskStream
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import AdaptiveMergeError, InputError
+from adaptive_merge.limits import VALUES, check_names, check_nesting
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
 from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run
@@ -48,6 +50,7 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
 }
 CHECKPOINT_EVERY = 50
+_LOAD = jsonargparse.get_loader("yaml")
 
 
 def run(arguments: list[str]) -> None:
@@ -70,6 +73,7 @@ class AdaptiveMergeCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: bool = True) -> None:
         _quiet()
+        _stay_local()
         self._run, self._parsers = run, []
         super().__init__(
             AdaptiveMerge,
@@ -101,6 +105,11 @@ class AdaptiveMergeCLI(LightningCLI):
             options = {option for one in self._parsers for option in upstream.options_of(one)}
             raise InputError(explain(error, options)) from error
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        for room in ("suite", "model", "data", "trainer", "run"):
+            if not isinstance(settings[room], Namespace):
+                raise InputError(f"{room}: expected a mapping of settings, got {settings[room]!r:.60}")
+        if not 0 <= settings.seed_everything < 2**32:
+            raise InputError(f"--seed_everything {settings.seed_everything}: give a whole number from 0 to {2**32 - 1}")
         if settings.run.name:
             settings.run.name = settings.run.name.replace("{recipe}", settings.model.recipe)
 
@@ -176,7 +185,10 @@ class AdaptiveMergeCLI(LightningCLI):
         if self.subcommand != "fit":
             return
         settings.weights_only = True
+        check_names(self.folder.parts[1:], "folder of a run", "--run.name")
         check_writable(self.folder)
+        if settings.model.cache:
+            check_writable(Path(settings.model.cache))
         settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(self.folder)
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():
@@ -298,6 +310,21 @@ def _lies_in(path: str | None, folder: Path) -> bool:
     return path is not None and folder.resolve() in Path(path).resolve().parents
 
 
+def _stay_local() -> None:
+    """Settings are read from files and arguments, within limits; Lightning has switched on addresses of all kinds."""
+    jsonargparse.set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
+    jsonargparse.set_loader("yaml", _bounded, (yaml.YAMLError, ValueError, RecursionError))
+
+
+def _bounded(text: str) -> Any:
+    """A value of the command line, or a file that a configuration names."""
+    if text.count("[") + text.count("{") > VALUES:
+        raise InputError("refused, a setting of too many parts")
+    content = _LOAD(text)
+    check_nesting(content, "a setting")
+    return content
+
+
 def _quiet() -> None:
     """Lightning's hints that do not apply here: loaders are deliberate, and tips are not for logs."""
     for message in (
@@ -306,6 +333,7 @@ def _quiet() -> None:
         ".*isinstance.treespec.*",
         ".*you have set.*max_epochs.*",
         ".*Checkpoint directory.*exists and is not empty.*",
+        ".*sync_dist=True.*",  # metrics are of the whole batch already: the engine averages what it logs
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

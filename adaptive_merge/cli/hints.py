@@ -62,11 +62,14 @@ def _reason(text: str) -> str:
         return f"{_short(path)}: {f'{named[1]}: ' if named else ''}{_reason(inner[named.end() :] if named else inner)}"
     value = _given(text)
     if missing := _NO_CLASS.search(text):
-        return f"there is no class {missing[1]!r}{_choose(missing[1].rpartition('.')[2], _fitting(text) or _CLASSES)}"
+        fitting = _fitting(text)
+        hint = _choose(missing[1].rpartition(".")[2], fitting) or did_you_mean(missing[1], _CLASSES)
+        return f"there is no class {missing[1]!r}{hint}"
     choices = [choice.strip("'\" ") for group in _LITERAL.findall(text) for choice in group.split(",")]
     types = [_WORDS[name] for name in re.findall(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", text) if name in _WORDS]
     if choices:
-        return f"expected {', '.join(dict.fromkeys(choices + types))}{value}{did_you_mean(value[7:-1], choices)}"
+        near = did_you_mean(value[7:-1], [*choices, *_CLASSES])  # with these, too many for a list of all
+        return f"expected {', '.join(dict.fromkeys(choices + types))}{value}{near}"
     if types:
         return f"expected {' or '.join(dict.fromkeys(types))}{value}"
     if "Unable to load config" in text:

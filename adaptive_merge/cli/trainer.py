@@ -89,7 +89,10 @@ def refusal(error: Exception, settings: Namespace) -> str | None:
     Args:
         settings: of the subcommand, which tell whose argument it is.
     """
-    if origin(error) == "jsonargparse" and not isinstance(error.__cause__, AdaptiveMergeError):
+    cause = error.__cause__
+    if origin(error) == "jsonargparse" and isinstance(cause, Exception) and origin(cause) != "jsonargparse":
+        error = cause
+    if origin(error) == "jsonargparse" and not isinstance(cause, AdaptiveMergeError):
         return explain(error, (), _holder(str(error), settings))
     message = message_of(error)
     if message is None or origin(error) not in ("pytorch_lightning", "lightning_fabric"):
@@ -107,7 +110,8 @@ def _holder(text: str, settings: Namespace) -> str:
 def _named(text: str, trainer: Namespace) -> str:
     """The options of the trainer that a message is about: those that it names, else those whose value it quotes."""
     values = {key: value for key, value in vars(trainer).items() if value is not None}
-    named = [key for key in values if re.search(rf"\b{key}\b", text)]
+    places = {key: match.start() for key in values if (match := re.search(rf"\b{key}\b", text))}
+    named = sorted(places, key=lambda key: places[key])
     quoted = [key for key, value in values.items() if isinstance(value, str) and value.lower() in text.lower()]
     near = {"gpu": "accelerator", "tpu": "accelerator", "xla": "accelerator", "transformer_engine": "precision"}
     guessed = [option for word, option in near.items() if word in text.lower()]
