@@ -29,7 +29,8 @@ __all__ = [
 TEXT_BYTES: Final = 16 << 20  # of a JSON, YAML or text file
 VALUES: Final = 200_000  # in a configuration, those behind aliases counted as often as they are named
 NESTING: Final = 100  # levels of a configuration, or of a results file
-NAME: Final = 200  # characters in the name of a task, a tensor or a class
+NAME: Final = 200  # characters in the name of a task, a class, or a folder of a run
+TENSOR_NAME: Final = 1_000  # characters
 TENSORS: Final = 100_000  # in a checkpoint
 LAYERS: Final = 1_000  # blocks of a tower
 HEADER_BYTES: Final = 16 << 20  # of a safetensors file
@@ -37,12 +38,12 @@ PICKLE_BYTES: Final = 256 << 20  # of a `data.pkl`, without the numbers
 OPCODES: Final = 2_000_000  # of a pickle
 MODULES: Final = 100_000  # in a pickled model, of which at most `MODULE_DEPTH` inside each other
 MODULE_DEPTH: Final = 32
-KEY_DEPTH: Final = 4  # tuples inside tuples, as a key of a dictionary in a pickle
-TUPLE_KEYS: Final = 1_000  # of them in a pickle
+TUPLE_KEYS: Final = 1_000  # keys of dictionaries in a pickle that are tuples, and values in one of them
 DIMENSIONS: Final = 8  # of a tensor
+DIRECTORY_BYTES: Final = 16 << 20  # of the list of records in a zip
 ARRAY_BYTES: Final = 1 << 30  # that an array of an npz may unpack to
 PIXELS: Final = 100_000_000  # of an image, as it is stored and as it is resized
-IMAGE_FORMATS: Final = ("JPEG", "MPO", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")  # that Pillow may try
+IMAGE_FORMATS: Final = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # that Pillow may try; MPO is a JPEG
 
 
 class LimitError(InputError):

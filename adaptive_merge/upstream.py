@@ -7,6 +7,7 @@ the first to fail where a library changes one of these.
 from __future__ import annotations
 
 import argparse
+import pickle  # noqa: S403
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OVERRIDDEN",
+    "PythonUnpickler",
     "add_ddp_options",
     "bound_timeout",
     "is_offline",
@@ -39,6 +41,11 @@ OVERRIDDEN: Final[dict[str, tuple[str, ...]]] = {
     # Lightning 2.6, the command line: a checkpoint does not choose the configuration; a grid builds and runs nothing.
     "pytorch_lightning.cli.LightningCLI": ("_parse_ckpt_path", "_set_seed", "_run_subcommand"),
 }
+
+
+# The unpickler that is written in Python (3.11 to 3.14): its `dispatch`, opcode → method, lets a subclass look at the
+# `stack` before an opcode takes from it.
+PythonUnpickler = pickle._Unpickler  # type: ignore[attr-defined]
 
 
 def version_of(tensor: Tensor) -> int:

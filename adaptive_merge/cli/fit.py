@@ -32,7 +32,7 @@ from adaptive_merge.errors import AdaptiveMergeError, InputError
 from adaptive_merge.limits import VALUES, check_names, check_nesting
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
-from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run
+from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run, undoing
 from adaptive_merge.runs.log import RunLog
 from adaptive_merge.runs.results import evaluate, summary
 from adaptive_merge.suites import Suite, load_suite
@@ -74,7 +74,15 @@ class AdaptiveMergeCLI(LightningCLI):
     def __init__(self, args: list[str], run: bool = True) -> None:
         _quiet()
         _stay_local()
-        self._run, self._parsers = run, []
+        self._run, self._parsers, self._undo = run, [], None
+        try:
+            self._build(args, run)
+        except Exception:
+            if self._undo:
+                self._undo()
+            raise
+
+    def _build(self, args: list[str], run: bool) -> None:
         super().__init__(
             AdaptiveMerge,
             TaskStream,
@@ -189,6 +197,7 @@ class AdaptiveMergeCLI(LightningCLI):
         check_writable(self.folder)
         if settings.model.cache:
             check_writable(Path(settings.model.cache))
+        self._undo = undoing(self.folder)
         settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(self.folder)
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():

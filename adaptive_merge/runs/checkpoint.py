@@ -53,7 +53,10 @@ def _checked(source: str | Path | io.BytesIO) -> io.BytesIO:
     through a damaged directory as others do, so it gets a new one.
     """
     packed = io.BytesIO()
+    size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else Path(source).stat().st_size
     with zipfile.ZipFile(source) as written, zipfile.ZipFile(packed, "w") as new:
+        if sum(record.file_size for record in written.infolist()) > size:
+            raise ValueError("its records overlap")
         for record in written.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"record {record.filename!r} is compressed; torch.save stores without compression")

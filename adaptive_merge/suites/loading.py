@@ -24,11 +24,11 @@ from adaptive_merge.limits import ARRAY_BYTES, LimitError, check_header, check_n
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.suites.base import Experts, Suite
-from adaptive_merge.suites.clip_folder import chosen_tasks, load_clip_folder
+from adaptive_merge.suites.clip_folder import KIND, chosen_tasks, load_clip_folder
 from adaptive_merge.suites.embedded_tower import build_encoder
 from adaptive_merge.weights.manifest import triple
 
-__all__ = ["folder_of", "load_suite", "read_manifest"]
+__all__ = ["check_manifest", "folder_of", "load_suite", "read_manifest"]
 
 BankDtype = Literal["float32", "bfloat16"]
 # What numpy and zipfile raise for a damaged npz.
@@ -78,9 +78,13 @@ def load_suite(
     """
     folder = folder_of(name)
     manifest = read_manifest(folder)
+    if manifest.get("kind") not in (None, KIND):
+        raise InputError(
+            f"{folder / 'suite.json'}: unknown kind {manifest['kind']!r:.80}; leave it out, or say {KIND!r}"
+        )
     if dtype not in get_args(BankDtype):
         raise InputError(f"unknown dtype {dtype!r} of a bank; choose {' or '.join(map(repr, get_args(BankDtype)))}")
-    if manifest.get("kind") == "clip":
+    if manifest.get("kind") == KIND:
         suite = load_clip_folder(folder, manifest, tasks, split, dtype, lazy)
     else:
         suite = _load_plain(name, folder, manifest, tasks, split, dtype, lazy)
@@ -100,7 +104,7 @@ def _load_plain(
     name: str, folder: Path, manifest: dict[str, Any], tasks: list[str] | None, split: str, dtype: str, lazy: bool
 ) -> Suite:
     """A suite that is laid out like the embedded one."""
-    _check_manifest(folder / "suite.json", manifest)
+    check_manifest(folder / "suite.json", manifest)
     known = manifest["tasks"]
     chosen = chosen_tasks(f"suite {name!r}", known, tasks)
     backbone = build_encoder()
@@ -130,13 +134,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """InputError where a suite.json of the embedded layout lacks a key, or one is of another kind."""
     three = "three numbers, one a channel"
     for key, fits, expected in (
         ("name", lambda value: isinstance(value, str), "text"),
         ("mean", lambda value: triple(value) is not None, three),
         ("std", lambda value: triple(value) is not None and min(value) > 0, f"{three}, above 0"),
+        ("image_size", lambda value: type(value) is int and value > 0, "the height and width of images"),
         ("tasks", lambda value: isinstance(value, dict) and value, "task → its entry"),
         ("files", lambda value: isinstance(value, dict), "file → its sha256"),
     ):
@@ -185,6 +190,12 @@ def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) 
     names = [f"{split}_images", f"{split}_labels"]
     try:
         pixels, labels = (torch.from_numpy(array) for array in _read_arrays(path, names, split))
+        size = manifest.get("image_size", 0)
+        if pixels.dim() not in (3, 4) or tuple(pixels.shape[1:]) not in ((size, size), (size, size, 3)):
+            raise InputError(
+                f"images of shape {tuple(pixels.shape)}; expected [N, {size}, {size}] or [N, {size}, {size}, 3], as "
+                "image_size in suite.json says"
+            )
         return Images(pixels, labels, manifest["tasks"][task]["classes"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -208,6 +219,11 @@ def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, An
     head = heads.get(f"{task}.weight")
     if head is None:
         raise InputError(f"{folder / 'heads.safetensors'}: there is no head {task + '.weight'!r}")
+    if head.dim() != 2 or not head.is_floating_point():
+        raise InputError(
+            f"{folder / 'heads.safetensors'}: {task + '.weight'!r}: expected floats [classes, features], found "
+            f"{head.dtype} {tuple(head.shape)}"
+        )
     if len(head) != len(entry["classes"]):
         raise InputError(
             f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "
