@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
     from pytorch_lightning.loggers import WandbLogger
     from pytorch_lightning.strategies import DDPStrategy, Strategy
 
@@ -26,6 +27,7 @@ __all__ = [
     "add_ddp_options",
     "bound_timeout",
     "is_offline",
+    "keep_samplers",
     "labelled_files",
     "options_of",
     "redirect",
@@ -76,6 +78,11 @@ def add_ddp_options(strategy: DDPStrategy, options: Mapping[str, Any]) -> None:
 def options_of(parser: argparse.ArgumentParser) -> list[str]:
     """Every option that a parser knows, such as `--trainer.max_steps` (argparse; no getter)."""
     return list(parser._option_string_actions)
+
+
+def keep_samplers(trainer: Trainer) -> None:
+    """Let the trainer take loaders as they are, whatever `use_distributed_sampler` says (Lightning 2.6; no setter)."""
+    trainer._accelerator_connector.use_distributed_sampler = False
 
 
 def wandb_options(logger: WandbLogger) -> dict[str, Any]:

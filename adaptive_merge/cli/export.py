@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from adaptive_merge.cli.loading import SOURCES, load_run
@@ -10,6 +9,7 @@ from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.export.formats import FORMATS
 from adaptive_merge.export.model import export_model
 from adaptive_merge.export.verify import IMAGES
+from adaptive_merge.limits import read_json
 
 __all__ = ["export"]
 
@@ -36,7 +36,7 @@ def export(arguments: list[str]) -> None:
         task=options.task,
         text=options.text,
         check=options.verify,
-        results=json.loads(results.read_text()) if results.is_file() else None,
+        results=read_json(results, strict=False) if results.is_file() else None,
         command=f"adaptive-merge export {sources} {' '.join(shown)} --output FOLDER",
     )
     write(message)

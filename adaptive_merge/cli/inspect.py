@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.limits import check_header, read_json
 from adaptive_merge.runs.checkpoint import read_checkpoint
 
 __all__ = ["describe", "inspect"]
@@ -47,7 +48,7 @@ def _describe_run(folder: Path) -> dict[str, Any]:
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
     }
     if results.is_file():
-        content["results"] = json.loads(results.read_text())
+        content["results"] = read_json(results, strict=False)
     if checkpoint.is_file():
         content["checkpoint"] = _describe_checkpoint(checkpoint)
     return content
@@ -62,6 +63,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = {key: _plain(value) for key, value in (file.metadata() or {}).items()}

@@ -44,10 +44,6 @@ _REFUSED: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     ),
     "gradient_clip_val": (lambda value: value is not None and not 0 <= value < float("inf"), "give a number from 0"),
     "log_every_n_steps": (lambda value: value is not None and value < 1, "give a whole number, at least 1"),
-    "use_distributed_sampler": (
-        lambda value: bool(value),
-        "the stream shares its images out by itself; leave the option out",
-    ),
     "barebones": (lambda value: bool(value), "a run keeps its log and its last checkpoint; leave the option out"),
     "num_sanity_val_steps": (lambda value: value is not None and value < 0, "give a number from 0"),
 }

@@ -53,6 +53,8 @@ def build_tower(architecture: Manifest, tensors: dict[str, Tensor], source: str)
     Raises:
         InputError: a tensor is missing, extra or of another shape.
     """
+    if architecture.width % architecture.heads:
+        raise InputError(f"`{source}`: {architecture.heads} heads do not divide the width {architecture.width}")
     with torch.device("meta"):
         tower = VisionTransformer(
             *(architecture.image_size, architecture.patch, architecture.width, architecture.layers, architecture.heads),
