@@ -39,7 +39,7 @@ def statement_of(config: dict[str, Any], source: str) -> Manifest:
     if not isinstance(vision, dict):
         raise InputError(f"`{source}`: expected model_cfg.vision_cfg, found keys {sorted(config)[:8]}")
     odd = {key: value for key, value in vision.items() if key not in _PLAIN and value not in _NEUTRAL}
-    if odd or whole(vision, "layers", source) is None:
+    if odd or not isinstance(vision.get("layers"), int):
         raise InputError(
             f"`{source}`: vision_cfg has {odd or {'layers': vision.get('layers')}}, expected a plain CLIP vision "
             "transformer; towers of timm, ResNets and other poolings are not read"
@@ -56,7 +56,7 @@ def statement_of(config: dict[str, Any], source: str) -> Manifest:
     return Manifest(
         source,
         width=width,
-        layers=vision["layers"],
+        layers=whole(vision, "layers", source),
         patch=whole(vision, "patch_size", source),
         image_size=whole(vision, "image_size", source) if isinstance(size, int) else None,
         mlp_width=int(width * ratio),
