@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 TEXT_BYTES: Final = 16 << 20  # of a JSON, YAML or text file
-VALUES: Final = 200_000  # in a configuration, those behind aliases counted as often as they are named
+VALUES: Final = 100_000  # in a configuration, those behind aliases counted as often as they are named
 NESTING: Final = 100  # levels of a configuration, or of a results file
 NAME: Final = 200  # characters in the name of a task, a class, or a folder of a run
 TENSOR_NAME: Final = 1_000  # characters
