@@ -23,7 +23,7 @@ from adaptive_merge.callbacks.safe.ranks import RunStopped
 from adaptive_merge.callbacks.safe.safeguards import safeguards
 from adaptive_merge.cli.configs import layered
 from adaptive_merge.cli.hints import explain
-from adaptive_merge.cli.trainer import check_end, check_trainer, refusal
+from adaptive_merge.cli.trainer import check_end, check_trainer, refusal, restoring
 from adaptive_merge.coefficients.files import save_coefficients
 from adaptive_merge.data import TaskStream
 from adaptive_merge.engine import identity
@@ -77,9 +77,15 @@ class AdaptiveMergeCLI(LightningCLI):
         self._run, self._parsers, self._undo = run, [], None
         try:
             self._build(args, run)
-        except Exception:
+        except Exception as error:
             if self._undo:
                 self._undo()
+            path = self.settings.ckpt_path if self._undo else None
+            if path and restoring(error):
+                raise InputError(
+                    f"{path}: this run cannot go on from it ({type(error).__name__}: {error}); the file is damaged or of "
+                    "another program: give a last.ckpt of these settings, or start anew (--run.if_exists overwrite)"
+                ) from error
             raise
 
     def _build(self, args: list[str], run: bool) -> None:

@@ -21,7 +21,7 @@ def inspect(arguments: list[str]) -> None:
     """Say what is in a run folder, a checkpoint, a bank of task vectors or a safetensors file."""
     parser = Parser("adaptive-merge inspect", description=inspect.__doc__)
     parser.add_argument("path", help="a run folder, a .ckpt or a .safetensors file")
-    write(json.dumps(describe(parser.parse_args(arguments).path), indent=2))
+    write(json.dumps(describe(parser.parse_args(arguments).path), indent=2, default=str))
 
 
 def describe(path: str | Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from adaptive_merge.cli.door import message_of, origin
 from adaptive_merge.cli.hints import explain
 from adaptive_merge.errors import AdaptiveMergeError, InputError
 
-__all__ = ["check_end", "check_trainer", "refusal"]
+__all__ = ["check_end", "check_trainer", "refusal", "restoring"]
 
 _HALF: Final = "the merge and its gradients need float32; choose 32-true, or bf16-mixed or 16-mixed for a faster tower"
 # Option → whether a value is refused, and what is to be done instead.
@@ -94,6 +95,13 @@ def refusal(error: Exception, settings: Namespace) -> str | None:
     if message is None or origin(error) not in ("pytorch_lightning", "lightning_fabric"):
         return message
     return f"{_named(str(error), settings.trainer)}{message}"
+
+
+def restoring(error: Exception) -> bool:
+    """Whether others raised it while the trainer took over what a checkpoint holds."""
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = any(code.co_name.startswith(("restore", "_restore", "resume")) for code in frames)
+    return inside and not isinstance(error, (AdaptiveMergeError, OSError, MemoryError))
 
 
 def _holder(text: str, settings: Namespace) -> str:

@@ -190,6 +190,10 @@ class _Unpickler(PythonUnpickler):
         self._bounded = {
             ("_codecs", "encode"): _Rebuilder(self._latin1_bytes),
             ("collections", "OrderedDict"): _Rebuilder(self._mapping),
+            # These three torch knows as well: what is harmless here must not be a bomb there.
+            ("collections", "Counter"): _Rebuilder(self._collection),
+            **{(module, "set"): _Rebuilder(self._collection) for module in ("builtins", "__builtin__")},
+            **{(module, "bytearray"): _Rebuilder(_plain_bytes) for module in ("builtins", "__builtin__")},
         }
 
     def check_keys(self, keys: Iterable[Any]) -> None:
@@ -214,6 +218,11 @@ class _Unpickler(PythonUnpickler):
         self._spend(len(pairs))
         self.check_keys(key for key, _ in pairs)
         return Mapping(pairs)
+
+    def _collection(self, items: Any = ()) -> Stub:
+        self._spend(len(items))
+        self.check_keys(items)
+        return Stub()
 
     def _spend(self, amount: int) -> None:
         self._room -= amount
@@ -310,6 +319,12 @@ def _nested_storage(content: Any) -> StorageRecord:
     if not isinstance(content, bytes):
         raise pickle.UnpicklingError("a nested storage that is not bytes")
     return StorageRecord(torch.uint8, -1, nested=content)
+
+
+def _plain_bytes(content: Any = b"", *_: Any) -> bytes:
+    if not isinstance(content, (str, bytes)):
+        raise pickle.UnpicklingError("bytes of a size, without content")
+    return b""
 
 
 def _reconstructor(cls: Any, *_: Any) -> Stub:
