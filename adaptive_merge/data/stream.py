@@ -15,6 +15,7 @@ from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.protocols import Protocol, Transductive
 from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler, chosen
 from adaptive_merge.errors import InputError
+from adaptive_merge.upstream import keep_samplers
 
 __all__ = ["Share", "TaskStream"]
 
@@ -123,7 +124,9 @@ class TaskStream(pl.LightningDataModule):
                 yield index, self.images[task].take(index)
 
     def setup(self, stage: str) -> None:
-        """Where every image comes once, the run is as long as the pass."""
+        """Where every image comes once, the run is as long as the pass; shares are dealt out here alone."""
+        if self.trainer is not None:
+            keep_samplers(self.trainer)
         if stage == "fit" and self.draws.end and self.trainer.max_steps != 0:
             self.trainer.fit_loop.epoch_loop.max_steps = -(-self.draws.end // self._micro_steps())
 

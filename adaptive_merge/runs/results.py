@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.scoring import CRITERIA
 from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.errors import printable
 from adaptive_merge.runs.online import prequential
 from adaptive_merge.runs.record import MEASURES
 
@@ -151,14 +153,14 @@ def table(results: Mapping[str, Any]) -> Table:
     """Accuracies, or agreements, in percent, a row per task, and the gain over the merge that the run started from."""
     chosen = " (ORACLE: labels chose the step)" if uses_labels(results) else ""
     measure = MEASURES[results.get("measure", "accuracy")]
-    view = Table(title=f"{results['recipe']}: {measure} in %{chosen}", title_justify="left")
+    view = Table(title=f"{_shown(results['recipe'])}: {measure} in %{chosen}", title_justify="left")
     view.add_column("task")
     started = "anchor" in results["average"]
     for name in ("pre-trained", "individual", "merged", *(["start"] * started), "adapted", "gain"):
         view.add_column(name, justify="right")
     unseen = results.get("unseen", {"tasks": []})
     for task, row in results["tasks"].items():
-        view.add_row(f"{task} (unseen)" if task in unseen["tasks"] else task, *_cells(row))
+        view.add_row(_shown(f"{task} (unseen)" if task in unseen["tasks"] else task), *_cells(row))
     view.add_section()
     view.add_row("average", *_cells(results["average"]), style="bold")
     if unseen["tasks"]:
@@ -194,6 +196,11 @@ def _cells(row: Mapping[str, float]) -> list[str]:
     gain = row["adapted"] - row.get("anchor", row["initial"])
     shown = [view for view in (*VIEWS[:2], "anchor", *VIEWS[2:]) if view in row]
     return [*(f"{100 * row[view]:.1f}" for view in shown), f"{100 * gain:+.1f}"]
+
+
+def _shown(name: str) -> str:
+    """A name as rich shows it letter by letter."""
+    return escape(printable(name))
 
 
 def _means(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:

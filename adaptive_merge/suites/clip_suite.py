@@ -23,7 +23,7 @@ from adaptive_merge.weights.clip import build_tower, read_architecture
 from adaptive_merge.weights.text_tower import read_text_tower
 from adaptive_merge.weights.zero_shot import zero_shot_head
 
-__all__ = ["ClipSuite", "load_clip_suite"]
+__all__ = ["ClipSuite", "load_clip_suite", "missing_path"]
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -195,5 +195,12 @@ def _check_paths(suite: ClipSuite) -> None:
     named += [(f"the expert of task {task!r}", suite.expert_path(task)) for task in suite.tasks]
     named += [(f"the head of task {task!r}", suite.head_path(task)) for task in suite.tasks]
     for what, path in named:
-        if path and not path.startswith("hf-hub:") and not Path(path.removeprefix("local-dir:")).exists():
-            raise MissingFileError(f"`{path}`: {what} is not there; correct the path in the suite, or get the file")
+        if problem := missing_path(what, path):
+            raise MissingFileError(problem)
+
+
+def missing_path(what: str, path: str | None) -> str | None:
+    """What is wrong with a file or folder that a suite names; None where it is there, or a hub's."""
+    if not path or path.startswith("hf-hub:") or Path(path.removeprefix("local-dir:")).exists():
+        return None
+    return f"`{path}`: {what} is not there; correct the path in the suite, or get the file"

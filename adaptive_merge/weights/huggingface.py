@@ -8,7 +8,7 @@ from typing import Final
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.weights.folders import Folder, read_json
 from adaptive_merge.weights.huggingface_names import from_huggingface, to_huggingface
-from adaptive_merge.weights.manifest import Manifest, triple
+from adaptive_merge.weights.manifest import Manifest, triple, whole
 
 __all__ = ["HuggingFace", "from_huggingface", "snapshot", "to_huggingface"]
 
@@ -38,7 +38,7 @@ class HuggingFace(Folder):
         vision = config.get("vision_config", config)
         vision = {**_DEFAULTS, **vision} if isinstance(vision, dict) else dict(_DEFAULTS)
         activation = vision["hidden_act"]
-        if activation not in _ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in _ACTIVATIONS:
             raise InputError(
                 f"`{path}`: hidden_act {activation!r}, expected one of {sorted(_ACTIVATIONS)}; open_clip has no such "
                 "activation"
@@ -49,8 +49,8 @@ class HuggingFace(Folder):
         preprocess = read_json(preprocessor) if preprocessor.is_file() else {}
         return Manifest(
             str(path),
-            heads=vision["num_attention_heads"],
-            image_size=vision["image_size"],
+            heads=whole(vision, "num_attention_heads", path),
+            image_size=whole(vision, "image_size", path),
             quick_gelu=_ACTIVATIONS[activation],
             mean=triple(preprocess.get("image_mean")),
             std=triple(preprocess.get("image_std")),

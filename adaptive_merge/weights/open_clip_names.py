@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import LAYERS
 
 __all__ = [
     "BLOCK",
@@ -31,7 +32,7 @@ BLOCK: Final = (
     *("mlp.c_proj.weight", "mlp.c_proj.bias"),
 )
 _FIRST_MLP: Final = "transformer.resblocks.0.mlp.c_fc.weight"
-_BLOCK_INDEX: Final = re.compile(r"transformer\.resblocks\.(\d+)\.")
+_BLOCK_INDEX: Final = re.compile(r"transformer\.resblocks\.(\d{1,9})\.")
 _SPLIT: Final = re.compile(r"(.*\.attn\.)([qkv])(_proj_weight|(?:_proj)?\.weight|(?:_proj)?\.bias)$")
 _LEFTOVER: Final = re.compile(
     r"(?:[\w.]+\.)?(?:positional_embedding|text_projection(?:\.\w+)?|logit_scale|logit_bias|attn_mask|"
@@ -89,6 +90,13 @@ def architecture_of(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
                 f"`{path}`: tensor `{name}`: expected {rank} dimensions, found {tuple(tensors[name].shape)}; the file "
                 "is not a CLIP vision transformer"
             )
+    if len(blocks) > LAYERS or max(blocks) + 1 > len(blocks):
+        raise InputError(
+            f"`{path}`: blocks up to number {max(blocks)}, {len(blocks)} of them there; expected all from 0 on, "
+            f"at most {LAYERS}; the file is incomplete"
+        )
+    if any(0 in tuple(tensors[name].shape) for name in ranks):
+        raise InputError(f"`{path}`: a tensor without numbers; the file is not a CLIP vision transformer")
     width, patch = int(tensors["class_embedding"].shape[0]), int(tensors["conv1.weight"].shape[-1])
     side = math.isqrt(max(int(tensors["positional_embedding"].shape[0]) - 1, 0))
     projection = tensors.get("proj")

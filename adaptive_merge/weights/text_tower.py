@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from open_clip import SimpleTokenizer
@@ -11,8 +12,10 @@ from open_clip.model import CLIP
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import LAYERS, LimitError
 from adaptive_merge.weights.files import open_entries
 from adaptive_merge.weights.folders import read_json
+from adaptive_merge.weights.manifest import whole
 from adaptive_merge.weights.open_clip import OpenClip
 from adaptive_merge.weights.open_clip_names import BLOCK
 from adaptive_merge.weights.sources import locate, reader_of
@@ -57,13 +60,22 @@ def read_text_tower(source: str) -> TextTower:
     config = _config(tensors, source)
     if isinstance(reader, OpenClip):
         folder = path if path.is_dir() else path.parent
-        stated = read_json(folder / reader.config)["model_cfg"].get("text_cfg", {})
-        config |= {key: value for key, value in stated.items() if key in config}
+        stated = _stated(folder / reader.config)
+        # The tensors tell all sizes but the number of heads.
+        config["heads"] = whole(stated, "heads", folder / reader.config) or config["heads"]
+        if config["width"] % config["heads"]:
+            raise InputError(f"`{folder / reader.config}`: text_cfg: heads {config['heads']} do not divide the width")
     tensors = {name: value for name, value in tensors.items() if name in _names(config["layers"])}
     missing = [name for name in _names(config["layers"]) if name not in tensors]
     if missing:
         raise InputError(f"`{source}`: tensor `{missing[0]}` of the text tower: expected, found none; {_REMEDY}")
     return TextTower(config, tensors, int(tensors["text_projection"].shape[1]))
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    model = read_json(path).get("model_cfg")
+    stated = model.get("text_cfg") if isinstance(model, dict) else None
+    return stated if isinstance(stated, dict) else {}
 
 
 _REMEDY: Final = (
@@ -86,6 +98,8 @@ def _config(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
             raise InputError(f"`{source}`: tensor `{name}` of the text tower: expected a matrix, found none; {_REMEDY}")
     vocabulary, width = tensors["token_embedding.weight"].shape
     blocks = {name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")}
+    if len(blocks) > LAYERS:
+        raise LimitError(f"`{source}`: refused, a text tower of {len(blocks)} blocks, expected at most {LAYERS}")
     return {
         "context_length": int(tensors["positional_embedding"].shape[0]),
         "vocab_size": int(vocabulary),

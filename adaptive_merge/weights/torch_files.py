@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import DIMENSIONS, DIRECTORY_BYTES, PICKLE_BYTES, LimitError
 from adaptive_merge.weights.pickles import StorageRecord, TensorRecord, read_pickle_stream
 
 __all__ = ["TorchFile", "open_torch_file"]
 
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
-_MAX_PICKLE_BYTES: Final = 256 << 20
-_MAX_DIMENSIONS: Final = 8
+_SHARED: Final = 4  # times the size of a file that its tensors may have together: some share their numbers
+_TAIL: Final = (1 << 16) + 256  # bytes at the end of a zip that may hold its last records and a comment
 _LOCAL_HEADER: Final = 30  # bytes before the name in a zip member's local header
 
 Kind = Literal["zip", "TorchScript", "legacy", "pickle"]
@@ -45,6 +46,7 @@ class TorchFile:
     root: Any
     buffer: mmap.mmap = field(repr=False)
     places: dict[str, tuple[int, int]] = field(repr=False)
+    _given: list[int] = field(default_factory=lambda: [0], repr=False)  # bytes of all tensors that were asked for
 
     def tensor(self, record: TensorRecord, name: str) -> Tensor:
         """The tensor that `record` describes, contiguous; it may share the (private) mapping of the file.
@@ -57,10 +59,16 @@ class TorchFile:
             flat = _as_dtype(flat, record.dtype, f"`{self.path}`: tensor `{name}`")
         count = math.prod(record.size)
         reach = record.offset + sum((n - 1) * step for n, step in zip(record.size, record.stride)) + 1
-        if len(record.size) > _MAX_DIMENSIONS or count > flat.numel() or (count and reach > flat.numel()):
+        if len(record.size) > DIMENSIONS or count > flat.numel() or (count and reach > flat.numel()):
             raise InputError(
                 f"`{self.path}`: tensor `{name}` of size {_brief(record.size)} needs {max(count, reach):.3g} numbers, "
                 f"its storage holds {flat.numel()}; refused before allocation, get the file from its source again"
+            )
+        self._given[0] += count * flat.dtype.itemsize
+        if self._given[0] > _SHARED * len(self.buffer):
+            raise LimitError(
+                f"`{self.path}`: refused, its tensors have more than {_SHARED} times the numbers of the file: the same "
+                "ones again and again; get the file from its source again"
             )
         return flat.as_strided(record.size, record.stride, record.offset).contiguous()
 
@@ -90,6 +98,8 @@ def open_torch_file(path: Path) -> TorchFile:
 
 
 def _open_zip(path: Path, buffer: mmap.mmap) -> TorchFile:
+    if _directory_bytes(buffer) > DIRECTORY_BYTES:
+        raise LimitError(f"`{path}`: refused, a zip whose list of records has more than {DIRECTORY_BYTES:,} bytes")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -103,6 +113,8 @@ def _open_zip(path: Path, buffer: mmap.mmap) -> TorchFile:
             f"`{path}`: a zip with {len(pickles)} `data.pkl` records{' and names given twice' if twice else ''}, "
             "expected one; it was not written by torch.save (give a .pt or .safetensors file or a model folder)"
         )
+    if sum(member.compress_size for member in members) > len(buffer):
+        raise LimitError(f"`{path}`: refused, a zip whose records overlap; get the file from its source again")
     prefix = pickles[0].removesuffix("data.pkl")
     read = (f"{prefix}data.pkl", f"{prefix}byteorder", f"{prefix}data/")
     places = {
@@ -112,14 +124,24 @@ def _open_zip(path: Path, buffer: mmap.mmap) -> TorchFile:
     }
     if "byteorder" in places and _bytes(buffer, places["byteorder"]).strip() != b"little":
         raise InputError(f"`{path}`: written big-endian; save it again on a little-endian machine")
-    if places["data.pkl"][1] > _MAX_PICKLE_BYTES:
+    if places["data.pkl"][1] > PICKLE_BYTES:
         raise InputError(
-            f"`{path}`: refused, `data.pkl` has {places['data.pkl'][1]} bytes, expected at most {_MAX_PICKLE_BYTES}"
+            f"`{path}`: refused, `data.pkl` has {places['data.pkl'][1]} bytes, expected at most {PICKLE_BYTES}"
         )
     root = read_pickle_stream(io.BytesIO(_bytes(buffer, places["data.pkl"])), f"`{path}`")
     data = {name.removeprefix("data/"): place for name, place in places.items() if name.startswith("data/")}
     script = f"{prefix}constants.pkl" in names
     return TorchFile(path, "TorchScript" if script else "zip", root, buffer, data)
+
+
+def _directory_bytes(buffer: mmap.mmap) -> int:
+    """What the two forms of a zip's last record say of the size of its directory; the larger one."""
+    sizes = [0]
+    for mark, place, width in ((b"PK\x05\x06", 12, 4), (b"PK\x06\x06", 40, 8)):
+        found = buffer.rfind(mark, max(0, len(buffer) - _TAIL))
+        size = int.from_bytes(buffer[found + place : found + place + width], "little") if found >= 0 else 0
+        sizes.append(0 if size == 0xFFFFFFFF else size)
+    return max(sizes)
 
 
 def _member_place(path: Path, buffer: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]:
@@ -152,11 +174,11 @@ def _legacy_body(
     storages: dict[str, StorageRecord] = {}
     protocol, system = read_pickle_stream(file, name), read_pickle_stream(file, name)
     if protocol != _LEGACY_PROTOCOL or not (isinstance(system, dict) and system.get("little_endian", True)):
-        raise InputError(f"{name}: legacy protocol {protocol!r}, expected {_LEGACY_PROTOCOL}, little-endian")
+        raise InputError(f"{name}: not of legacy protocol {_LEGACY_PROTOCOL} and little-endian; save it anew")
     root = read_pickle_stream(file, name, storages)
     keys = read_pickle_stream(file, name)
     places: dict[str, tuple[int, int]] = {}
-    for key in keys if isinstance(keys, list) else []:
+    for key in [key for key in keys if isinstance(key, (str, int))] if isinstance(keys, list) else []:
         record = storages.get(str(key))
         numel = int.from_bytes(file.read(8), "little")
         start = file.tell()
@@ -204,4 +226,4 @@ def _bytes(buffer: mmap.mmap, place: tuple[int, int]) -> bytes:
 
 
 def _brief(size: tuple[int, ...]) -> str:
-    return f"({', '.join(f'{n:.3g}' if n > 10**9 else str(n) for n in size[:_MAX_DIMENSIONS])})"
+    return f"({', '.join(f'{n:.3g}' if n > 10**9 else str(n) for n in size[:DIMENSIONS])})"
