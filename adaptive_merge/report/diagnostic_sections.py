@@ -74,9 +74,9 @@ def interference(run: Run) -> Iterator[Plan]:
         density, lost, alone = (known["masks"][name] for name in ("density", "catastrophic", "selfish"))
         yield (
             "Overlap of TALL-masks",
-            "Jaccard index of the entries that tasks rely on. A task keeps "
-            f"{100 * np.mean(list(density.values())):.0f} % of them on average; {100 * alone:.0f} % serve one task alone (selfish), {100 * lost:.0f} % none "
-            "(catastrophic).",
+            "Jaccard index of the entries that tasks rely on. "
+            f"A task keeps {100 * np.mean(list(density.values())):.0f} % of them on average; "
+            f"{100 * alone:.0f} % serve one task alone (selfish), {100 * lost:.0f} % none (catastrophic).",
             lambda: feature_figures.mask_overlap(names, found.arrays["masks.jaccard"]),
             False,
         )
