@@ -8,9 +8,15 @@ line it becomes one readable message and exit code 2; in Python they are ordinar
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
-__all__ = ["AdaptiveMergeError", "InputError", "MissingFileError", "did_you_mean"]
+__all__ = [
+    *("AdaptiveMergeError", "InputError", "MissingFileError"),
+    *("check_normalisation", "check_number", "did_you_mean"),
+]
 
 EXIT_USAGE = 2
 
@@ -25,6 +31,25 @@ class InputError(AdaptiveMergeError, ValueError):
 
 class MissingFileError(AdaptiveMergeError, FileNotFoundError):
     """A file or folder that was named but is not there."""
+
+
+def check_number(name: str, value: Any, least: float = -math.inf, below: float = math.inf) -> None:
+    """Refuse what is no finite number in [least, below), naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not least <= value < below:
+        bounds = f" in [{least:g}, {below:g})" if math.isfinite(below) else f" of at least {least:g}"
+        raise InputError(f"`{name}` has to be a finite number{bounds if math.isfinite(least) else ''}, got {value!r}")
+
+
+def check_normalisation(source: str, mean: Any, std: Any) -> None:
+    """Refuse a mean that is not finite, a standard deviation that is not above 0, or not one of each per channel."""
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = isinstance(values, (list, tuple)) and all(isinstance(v, Real) and math.isfinite(v) for v in values)
+        if not numbers or (name == "std" and not min(values, default=0) > 0) or len(values) not in (1, len(mean)):
+            raise InputError(
+                f"{source}: the {name} of the images is {values!r}; expected one finite number for each channel"
+                + (" above 0" if name == "std" else "")
+                + ", such as (0.5, 0.5, 0.5)"
+            )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

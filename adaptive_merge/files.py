@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["replacing", "save_json", "save_tensors", "save_text", "shipped"]
+__all__ = ["replacing", "save_json", "save_tensors", "save_text", "shipped", "strict_json"]
 
 
 @contextmanager
@@ -51,8 +52,24 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def save_json(path: str | Path, content: Any) -> None:
-    """Write JSON, atomically, indented for people."""
-    save_text(path, json.dumps(content, indent=2) + "\n")
+    """Write JSON, atomically, indented for people; see `strict_json`."""
+    save_text(path, strict_json(content, indent=2) + "\n")
+
+
+def strict_json(content: Any, indent: int | None = None) -> str:
+    """JSON as its standard has it: numbers that are not finite, which it has not, are null."""
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(json.loads(json.dumps(content))), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_text(path: str | Path, text: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import InputError, check_number
 from adaptive_merge.objectives.base import Objective
 
-__all__ = ["Stage", "at_step"]
+__all__ = ["Stage", "at_step", "check_rates"]
 
 
 class Stage:
@@ -26,6 +26,14 @@ class Stage:
                 f"a stage takes at least 1 step and learns 'coefficients', 'adapters' or 'all', got {steps}, {learn!r}"
             )
         self.steps, self.learn, self.objective = steps, learn, objective
+
+
+def check_rates(lr: float, adapter_lr: float, betas: Sequence[float], weight_decay: float) -> None:
+    """Refuse what Adam cannot learn with, before it is asked to."""
+    for name, value in {"lr": lr, "adapter_lr": adapter_lr, "weight_decay": weight_decay}.items():
+        check_number(name, value, 0.0)
+    for beta in betas:
+        check_number("betas", beta, 0.0, 1.0)
 
 
 def at_step(stages: Sequence[Stage], step: int) -> Stage:

@@ -8,8 +8,12 @@ In one process, alternating round by round:
     python scripts/benchmark.py                          # embedded encoder, then ViT-B/32, T = 2, 4, 8
     python scripts/benchmark.py --model vit_b_32 --tasks 8 --images 1 16 --json bench.json
     python scripts/benchmark.py --start --model vit_b_32 --tasks 8 --images 16
+    python scripts/benchmark.py --transforms TSVM IsoC CART --model vit_b_32 --tasks 8 --threads 2
 
 With --start: (d) a start in closed form from the images, once, against (b), which then is one epoch of them.
+
+With --transforms: seconds on the clock and on the processors, and the peak of memory, the bank that is given included
+and libraries left out (Linux).
 
 Peak memory is taken in a process of its own per contender, because a process never gives its peak back. Times
 are CPU seconds of one thread, or event times on CUDA; read the ratios, not the seconds.
@@ -18,6 +22,7 @@ are CPU seconds of one thread, or event times on CUDA; read the ratios, not the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
@@ -245,6 +250,34 @@ def peak(contender: str, *setting) -> int | None:
         process.join()
 
 
+def transform_once(model: str, tasks: int, name: str, threads: int, report) -> None:
+    torch.set_num_threads(threads)
+    bank = synthetic_bank(build(model), [f"task{index}" for index in range(tasks)])
+    size = 4 * (tasks + 1) * bank.layout.numel
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+    before = resident_peak()
+    wall, processors = time.perf_counter(), time.process_time()
+    getattr(am, name)()(bank)
+    seconds = (time.perf_counter() - wall, time.process_time() - processors)
+    report.send((*seconds, 1 + (resident_peak() - before) / size, size))
+
+
+def show_transform(model: str, tasks: int, name: str, threads: int) -> None:
+    """Of θ₀ as initialised and full-rank random task vectors, in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=transform_once, args=(model, tasks, name, threads, sender))
+    process.start()
+    sender.close()
+    wall, processors, banks, size = receiver.recv()
+    process.join()
+    print(
+        f"{name}, {model}, T = {tasks}, {threads} threads: {wall:.0f} s, {processors:.0f} s on the processors; "
+        f"peak {banks:.2f} banks of {size / 2**30:.2f} GiB"
+    )
+    sys.stdout.flush()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, nargs="*", default=list(MODELS))
@@ -255,6 +288,8 @@ def main() -> None:
     parser.add_argument("--without", choices=CONTENDERS, nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
     parser.add_argument("--start", action="store_true", help="only: a start against an epoch of AdaMerging")
+    parser.add_argument("--transforms", nargs="*", help="only: these transforms, with their default settings")
+    parser.add_argument("--threads", type=int, default=1, help="of --transforms")
     parser.add_argument("--surgery", action="store_true", help="only: adapter updates on kept outputs, ViT-B/32")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
@@ -262,6 +297,10 @@ def main() -> None:
     if options.surgery:
         for name, value in surgery(options.device).items():
             print(f"{name}: {value:.4g}{'' if name == 'ratio' else ' s'}")
+        return
+    if options.transforms:
+        for model, tasks, name in itertools.product(options.model, options.tasks, options.transforms):
+            show_transform(model, tasks, name, options.threads)
         return
     libraries = resident_peak()  # a process of the same imports has as much before it begins
     contenders = tuple(

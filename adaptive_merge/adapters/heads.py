@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from adaptive_merge.errors import InputError
 
-__all__ = ["Accuracy", "CosineHead", "Head", "HeadLike", "LinearHead", "frozen_heads"]
+__all__ = ["Accuracy", "CosineHead", "Head", "HeadLike", "LinearHead", "check_width", "frozen_heads"]
 
 
 class Head(nn.Module, ABC):
@@ -34,6 +34,9 @@ class Head(nn.Module, ABC):
 
     unit: ClassVar[bool] = False
     """Whether it looks at the direction of features only: it is then given features of length 1."""
+
+    tokens: int = 1
+    """How many tokens of equal width the features of an image are, one after the other; adapters treat them alike."""
 
     formula: ClassVar[str] = "code of its own"
     """How logits follow from features and the tensors of its `state_dict`, for people who load an export."""
@@ -159,25 +162,44 @@ def frozen_heads(heads: Mapping[str, HeadLike], tasks: Sequence[str], width: int
     Args:
         heads: task → head.
         tasks: which are needed.
-        width: features of the backbone; None: the first head says it.
+        width: features of the backbone; None: the heads say it.
 
     Raises:
         InputError: a task without a head; a head of another width, with NaN, or that is none.
     """
-    frozen: dict[str, Head] = {}
-    for task in tasks:
-        if task not in heads:
-            raise InputError(f"task {task!r} has an expert but no head; give heads for {', '.join(tasks)}")
-        head = frozen[task] = _as_head(heads[task], task).float().requires_grad_(False).eval()
-        width = head.width if width is None else width
-        if head.width != width:
-            raise InputError(
-                f"the head of task {task!r} has shape {(head.classes, head.width)}, expected [classes, {width}]: "
-                f"the backbone gives {width} features; build the head with this model's text tower"
-            )
+    if not isinstance(heads, Mapping):
+        raise InputError(f"`heads` are task → head, got a {type(heads).__name__}; give {{'task': head, …}}")
+    for task in (task for task in tasks if task not in heads):
+        raise InputError(f"task {task!r} has an expert but no head; give heads for {', '.join(tasks)}")
+    frozen = {task: _as_head(heads[task], task).float().requires_grad_(False).eval() for task in tasks}
+    width = _width(list(frozen.values())) if width is None else width
+    for task, head in frozen.items():
+        check_width(task, head, width)
         if not all(torch.isfinite(value).all() for value in head.state_dict().values()):
             raise InputError(f"the head of task {task!r} holds NaN or infinite values; build it again")
     return frozen
+
+
+def check_width(task: str, head: Head, width: int) -> None:
+    """Refuse features of another width than the head's: of a backbone that does not state its own."""
+    if head.width != width:
+        raise InputError(
+            f"the head of task {task!r} has shape {(head.classes, head.width)}, expected [classes, {width}]: the "
+            f"backbone gives {width} features; {_remedy(head, width)}"
+        )
+
+
+def _width(heads: Sequence[Head]) -> int:
+    """Of the features, as most heads have it, also where some or all are transposed."""
+    widths = [head.width for head in heads]
+    if len(set(widths)) > 1:
+        widths += [head.classes for head in heads]
+    return max(widths, key=widths.count)
+
+
+def _remedy(head: Head, width: int) -> str:
+    transposed = head.classes == width and head.width != width
+    return "it looks transposed: give `head.T`" if transposed else "build the head with this model's text tower"
 
 
 def _as_head(head: HeadLike, task: str) -> Head:

@@ -28,6 +28,8 @@ def surgery(z: Tensor, down: Tensor, up: Tensor) -> Tensor:
 class FeatureSurgery(Adapter):
     """One adapter per task on the backbone's features (Yang et al., "Representation Surgery", ICML 2024, eq. 5).
 
+    Where a head takes several tokens of an image, it is on each of them.
+
     Args:
         rank: r, at least 1 and at most the feature width d. Published: 16.
     """
@@ -39,12 +41,16 @@ class FeatureSurgery(Adapter):
         self.rank = rank
 
     def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
-        width = next(iter(heads.values())).width
-        self.down, self.up = _pairs(len(self.tasks), self.rank, width)
+        tokens = {heads[task].tokens for task in self.tasks}
+        if len(tokens) > 1:
+            raise InputError(f"surgery needs features of equally many tokens in all tasks; the heads have {tokens}")
+        self.tokens = tokens.pop()
+        self.down, self.up = _pairs(len(self.tasks), self.rank, heads[self.tasks[0]].width // self.tokens)
 
     def features(self, task: str, features: Tensor) -> Tensor:
         row = self.row(task)
-        return surgery(features, self.down[row], self.up[row])
+        tokens = features.unflatten(-1, (self.tokens, -1))
+        return surgery(tokens, self.down[row], self.up[row]).flatten(-2)
 
     def fold(self, task: str, weights: Mapping[str, Tensor], head: Head) -> tuple[Mapping[str, Tensor], Head]:
         """Only where every U is 0: then surgery is the identity."""
@@ -60,7 +66,8 @@ class FeatureSurgery(Adapter):
 class BlockSurgery(FeatureSurgery):
     """An adapter after every block on every token, and one on the features (Yang et al., "SurgeryV2", 2024).
 
-    Depth and width come from the backbone: ViT-B and ViT-L work alike. Published: rank 16 for ViT-B, 4 for L.
+    Depth and width come from the backbone, its blocks by their names or by `AdaptiveMerge(blocks=…)`: ViT-B and ViT-L
+    work alike. Published: rank 16 for ViT-B, 4 for L.
 
     Args:
         rank: r of every adapter.
@@ -69,8 +76,6 @@ class BlockSurgery(FeatureSurgery):
     def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
         super().create(backbone, heads)
         self.depth = len(backbone.blocks)
-        if not self.depth:
-            raise InputError("BlockSurgery needs a backbone of numbered blocks, such as `transformer.resblocks.0`")
         width = backbone.block_width()
         self.block_down, self.block_up = _pairs(len(self.tasks) * self.depth, self.rank, width)
 

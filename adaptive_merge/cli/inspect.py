@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.files import strict_json
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.measures import measures
 from adaptive_merge.runs.reading import read_run
@@ -22,7 +23,7 @@ def inspect(arguments: list[str]) -> None:
     """Say what is in a run folder, a checkpoint, a bank of task vectors or a safetensors file."""
     parser = Parser("adaptive-merge inspect", description=inspect.__doc__)
     parser.add_argument("path", help="a run folder, a .ckpt or a .safetensors file")
-    write(json.dumps(describe(parser.parse_args(arguments).path), indent=2))
+    write(strict_json(describe(parser.parse_args(arguments).path), indent=2))
 
 
 def describe(path: str | Path) -> dict[str, Any]:

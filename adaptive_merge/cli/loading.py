@@ -9,12 +9,13 @@ import yaml
 
 from adaptive_merge.cli.configs import read_layers
 from adaptive_merge.cli.fit import AdaptiveMergeCLI
+from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.begin import FILE, load_begun
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.runs.checkpoint import read_checkpoint
 
-__all__ = ["SOURCES", "load_run"]
+__all__ = ["SOURCES", "load_run", "load_run_and_data"]
 
 SOURCES = (
     "a run folder (the adapted merge), or configurations as for --config: files or names of recipes, of which later "
@@ -24,7 +25,14 @@ _PARTS = ("seed_everything", "suite", "model", "data")
 
 
 def load_run(*sources: str) -> AdaptiveMerge:
-    """The module of a run folder with its learned values, or of configurations as it starts; no image is read.
+    """The module of a run or of configurations, see `load_run_and_data`."""
+    return load_run_and_data(*sources)[0]
+
+
+def load_run_and_data(*sources: str) -> tuple[AdaptiveMerge, TaskStream]:
+    """The module of a run folder with its learned values, or of configurations as it starts; and the stream.
+
+    No image is read before the stream is asked for it.
 
     Args:
         sources: one run folder (its `config.yaml` and `checkpoints/last.ckpt` are read), or YAML files and names of
@@ -37,23 +45,24 @@ def load_run(*sources: str) -> AdaptiveMerge:
         raise InputError(f"{folder} is a run folder, which stands alone; leave out {' '.join(sources[1:])}")
     if not (folder / "config.yaml").is_file():
         raise MissingFileError(f"{folder / 'config.yaml'}: there is no such file; give a run folder or a configuration")
-    module = _build(str(folder / "config.yaml"))
+    module, stream = _build(str(folder / "config.yaml"))
     if module.start is not None:
         module.go_on_from(load_begun(folder / FILE, module.experts))
     checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    return module
+    return module, stream
 
 
-def _build(*configs: str) -> AdaptiveMerge:
+def _build(*configs: str) -> tuple[AdaptiveMerge, TaskStream]:
     arguments: list[str] = []
     for layer in read_layers(configs):
         arguments += ["--config", yaml.safe_dump(_parts(layer.name, layer.settings))]
     try:
-        return AdaptiveMergeCLI(args=[*arguments, "--suite.lazy=true"], run=False).model
+        cli = AdaptiveMergeCLI(args=[*arguments, "--suite.lazy=true"], run=False)
     except TypeError as error:
         raise InputError(f"{' '.join(configs)}: not a configuration of this program ({error})") from error
+    return cli.model, cli.datamodule
 
 
 def _parts(name: str, settings: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transform
 
 from adaptive_merge.data.images import Images
-from adaptive_merge.data.sources import ImageSource
+from adaptive_merge.data.sources import ImageSource, eight_bit
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_json
 
@@ -49,25 +49,29 @@ def cached_images(
         size: height and width in pixels.
         name: of the task, for the file name and messages.
         workers: decoding threads; 0: one per core, at most 8.
-        check: read the whole file and compare it with the digest in its header.
+        check: of a cache that is there, compare the whole file with the digest in its header, and each image with the
+            source, decoded again.
 
     Raises:
-        InputError: an image cannot be decoded; the cache file is damaged.
+        InputError: an image cannot be decoded; the cache file is damaged, or of other images than the source now has.
     """
     if len(source) == 0:
         raise InputError(f"task {name!r}: the data set is empty: there is no image to adapt on")
     key = hashlib.sha256(json.dumps([VERSION, source.identity, len(source), size, TRANSFORM]).encode()).hexdigest()
     stem = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{key[:16]}"
     shape = (len(source), size, size, 3)
+    workers, built = workers or min(os.cpu_count() or 1, 8), False
     with _locked(stem.with_suffix(".lock")):
-        if not stem.with_suffix(".json").is_file():
-            pixels = _build(source, stem, shape, key, name, workers or min(os.cpu_count() or 1, 8))
+        if built := not stem.with_suffix(".json").is_file():
+            pixels = _build(source, stem, shape, key, name, workers)
             header = {"format": FORMAT, "version": VERSION, "key": key, "shape": shape, "transform": TRANSFORM}
             save_json(stem.with_suffix(".json"), {**header, "source": source.identity, "pixels": pixels})
     header = _read_header(stem, key, shape)
     mapped = np.memmap(stem.with_suffix(".u8"), np.uint8, mode="c", shape=shape)
     if check and _digest(mapped, len(mapped)).hexdigest() != header["pixels"]:
         raise InputError(f"`{stem}.u8`: its pixels are not those that were written; remove `{stem}.*`")
+    if check and not built:
+        _compare(source, mapped, name, workers, stem)
     try:
         return Images(torch.from_numpy(mapped), source.labels, source.classes, header["pixels"])
     except InputError as error:
@@ -76,16 +80,18 @@ def cached_images(
 
 def resized(image: Image.Image, size: int) -> np.ndarray:
     """uint8 [size, size, 3], as open_clip's evaluation transform has it before scaling to [0, 1]."""
-    image = transform.resize(image, size, InterpolationMode.BICUBIC)
+    image = transform.resize(eight_bit(image), size, InterpolationMode.BICUBIC)
     return np.asarray(transform.center_crop(image, [size, size]).convert("RGB"))
 
 
 def _build(source: ImageSource, stem: Path, shape: tuple[int, ...], key: str, name: str, workers: int) -> str:
     """Decode what is missing; returns the digest of all pixels."""
     partial, note = stem.with_suffix(".partial"), stem.with_suffix(".progress")
-    done = _done(note, partial, shape, key)
+    done, noted = _done(note, partial, shape, key)
     pixels = np.memmap(partial, np.uint8, mode="r+" if done else "w+", shape=shape)
     digest = _digest(pixels, done)
+    if done and digest.hexdigest() != noted:
+        done, digest = 0, _digest(pixels, 0)
     _LOG.info("task %s: decoding %d of %d images into %s", name, shape[0] - done, shape[0], stem.parent)
     with ThreadPoolExecutor(workers) as pool, Progress(transient=True, disable=not os.isatty(2)) as bar:
         told = bar.add_task(f"decoding {name}", total=shape[0], completed=done)
@@ -95,11 +101,23 @@ def _build(source: ImageSource, stem: Path, shape: tuple[int, ...], key: str, na
                 pixels[row] = image
             digest.update(memoryview(pixels[rows.start : rows.stop].reshape(-1)))
             pixels.flush()
-            save_json(note, {"key": key, "done": rows.stop})
+            save_json(note, {"key": key, "done": rows.stop, "digest": digest.hexdigest()})
             bar.update(told, completed=rows.stop)
     os.replace(partial, stem.with_suffix(".u8"))
     note.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+def _compare(source: ImageSource, pixels: np.ndarray, name: str, workers: int, stem: Path) -> None:
+    """Refuse a cache of images that the source does not have any more."""
+    with ThreadPoolExecutor(workers) as pool:
+        images = pool.map(lambda index: _decoded(source, index, pixels.shape[1], name), range(len(pixels)))
+        for index, image in enumerate(images):
+            if not np.array_equal(image, pixels[index]):
+                raise InputError(
+                    f"task {name!r}: image {index} is not the one in the cache `{stem}.u8`; remove `{stem}.*`, "
+                    "they are made anew"
+                )
 
 
 def _decoded(source: ImageSource, index: int, size: int, name: str) -> np.ndarray:
@@ -111,14 +129,15 @@ def _decoded(source: ImageSource, index: int, size: int, name: str) -> np.ndarra
         raise InputError(f"task {name!r}: image {index} cannot be decoded ({error!r}); replace it") from error
 
 
-def _done(note: Path, partial: Path, shape: tuple[int, ...], key: str) -> int:
-    """How many images an interrupted build of the same cache has left; 0 where there is none."""
+def _done(note: Path, partial: Path, shape: tuple[int, ...], key: str) -> tuple[int, str]:
+    """How many images an interrupted build of the same cache has left, and their digest; 0 where there is none."""
     try:
         found = json.loads(note.read_text())
         fits = found["key"] == key and partial.stat().st_size == int(np.prod(shape))
-        return int(found["done"]) if fits and 0 < int(found["done"]) <= shape[0] else 0
+        done = int(found["done"])
+        return (done, str(found["digest"])) if fits and 0 < done <= shape[0] else (0, "")
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return 0, ""
 
 
 def _digest(pixels: np.ndarray, count: int) -> Any:

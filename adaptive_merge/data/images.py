@@ -31,14 +31,10 @@ class Images:
         classes: Sequence[str] = (),
         fingerprint: str | None = None,
     ) -> None:
-        if pixels.dtype != torch.uint8 or pixels.dim() not in (3, 4):
-            raise InputError(
-                f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {tuple(pixels.shape)}"
-            )
-        if len(pixels) == 0:
-            raise InputError("the data set is empty: there is no image to adapt on")
+        _check_pixels(pixels)
         if labels is not None:
             _check_labels(labels, len(pixels), len(classes))
+            labels = labels.long()
         self.pixels, self.labels, self.classes = pixels, labels, list(classes)
         if fingerprint is not None:
             self.fingerprint = fingerprint
@@ -59,7 +55,35 @@ class Images:
         return digest.hexdigest()
 
 
+def _check_pixels(pixels: Tensor) -> None:
+    if not isinstance(pixels, Tensor):
+        raise InputError(f"images must be a uint8 tensor, got {type(pixels).__name__}; torch.from_numpy makes one")
+    shape = tuple(pixels.shape)
+    if pixels.dtype == torch.uint8 and len(shape) == 4 and shape[-1] != 3 and shape[1] in (1, 3):
+        raise InputError(f"images of shape {shape} have their channels first; give `pixels.movedim(1, -1)`")
+    if pixels.dtype != torch.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[-1] != 3):
+        raise InputError(f"images must be uint8 [N, H, W] or [N, H, W, 3], got {pixels.dtype} {shape}{_cause(pixels)}")
+    if len(pixels) == 0:
+        raise InputError("the data set is empty: there is no image to adapt on")
+
+
+def _cause(pixels: Tensor) -> str:
+    if pixels.is_floating_point():
+        return "; undo the scaling: `(255 * pixels).round().to(torch.uint8)` of values in [0, 1]"
+    if pixels.dtype == torch.uint8 and pixels.dim() == 4:
+        return {1: "; gray is `pixels.squeeze(-1)`", 4: "; leave the alpha channel out, `pixels[..., :3]`"}.get(
+            pixels.shape[-1], ""
+        )
+    return ""
+
+
 def _check_labels(labels: Tensor, images: int, classes: int) -> None:
+    kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+    if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise InputError(f"labels must be an integer tensor [N], the class of each image, got {kind}")
+    if labels.dim() != 1:
+        remedy = "`labels.flatten()`" if labels.numel() == images else "one class an image, such as `labels.argmax(-1)`"
+        raise InputError(f"labels must be [N], the class of each image, got shape {tuple(labels.shape)}; give {remedy}")
     if len(labels) != images:
         raise InputError(f"{images} images but {len(labels)} labels; give one label for each image, or none at all")
     if labels.min() < 0 or labels.max() >= classes:

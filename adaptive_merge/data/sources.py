@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from adaptive_merge.errors import InputError, MissingFileError
 
-__all__ = ["FileSource", "ImageSource", "TorchvisionSource", "folder_source", "identity_of_files", "images_in"]
+__all__ = [
+    *("FileSource", "ImageSource", "TorchvisionSource"),
+    *("eight_bit", "folder_source", "identity_of_files", "images_in"),
+]
 
+_LOG = logging.getLogger(__name__)
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
 
@@ -37,7 +43,7 @@ class FileSource:
     """One file per image.
 
     Args:
-        root: folder that the files are under; the identity holds their paths relative to it.
+        root: folder that the files are under; see `identity_of_files`.
         files: in the order of the data set.
         labels: class of each file; None where they are not known.
         classes: class names.
@@ -58,7 +64,7 @@ class FileSource:
         path = self.files[index]
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                return eight_bit(image).convert("RGB")
         except FileNotFoundError as error:
             raise MissingFileError(f"`{path}`: the data set lists this image but it is not there") from error
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -70,7 +76,7 @@ class TorchvisionSource:
 
     Args:
         dataset: indexable, gives (PIL image, label).
-        root: folder of its files; their names and sizes are the identity.
+        root: folder of its files, which are the identity; see `identity_of_files`.
         labels: class of each image.
         classes: class names.
     """
@@ -102,7 +108,8 @@ def folder_source(folder: Path, classes: Sequence[str] | None = None) -> FileSou
     """
     if not folder.is_dir():
         raise MissingFileError(f"`{folder}`: no such folder; expected one folder a class with its images inside")
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+    _tell_order(folder, [path.name for path in found])
     if not found and (images := images_in(folder)):
         return FileSource(folder, images, None, classes or ())
     if not found:
@@ -123,15 +130,77 @@ def folder_source(folder: Path, classes: Sequence[str] | None = None) -> FileSou
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The image files in a folder and below it, sorted; links are followed, hidden files and folders are not read."""
+    return sorted(_images(folder, frozenset()))
+
+
+def _images(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    home = folder.resolve()
+    if home in above:  # a link to a folder that it lies in
+        return
+    for path in folder.iterdir():
+        if _hidden(path.name):
+            continue
+        if path.is_dir():
+            yield from _images(path, above | {home})
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path
+
+
+def _hidden(name: str) -> bool:
+    """What systems leave in folders: `.thumbnails`, the `._x` and `__MACOSX` of archives, previews of a NAS."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
+def _tell_order(folder: Path, names: Sequence[str]) -> None:
+    """A head made by number takes `10` for the eleventh class; sorted as text it is the third."""
+    if names and all(name.isdecimal() for name in names) and list(names) != sorted(names, key=int):
+        mapping = ", ".join(f"{name!r} is label {label}" for label, name in enumerate(names))
+        _LOG.warning(
+            "%s: its class folders are numbers, and their order is that of text: %s. A head whose rows go by number "
+            "fits folders with leading zeros ('02')",
+            folder,
+            mapping,
+        )
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits scaled to 8; any other image as it is.
+
+    Raises:
+        InputError: a mode that does not say which of its numbers is white, whose conversion would clip.
+    """
+    bits = _bits(image)
+    if bits:
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray((values * (255 / (2**bits - 1))).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F") or image.mode.startswith(("I;", "F;")):
+        raise InputError(
+            f"its mode is {image.mode!r}, which does not say which of its numbers is white; save it with 8 bits a "
+            "channel"
+        )
+    return image
+
+
+def _bits(image: Image.Image) -> int:
+    """Of a gray image with more than 8 bits; 0 where it is none, or does not say."""
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # both have 16 at most, which Pillow widens
+        return 16
+    if not image.mode.startswith("I;16"):
+        return 0
+    stored = getattr(image, "tag_v2", {}).get(258, 16)  # TIFF's BitsPerSample
+    return int(stored[0] if isinstance(stored, tuple) else stored)
 
 
 def identity_of_files(root: Path, files: Sequence[Path]) -> str:
-    """sha256 of the list of (path relative to `root`, bytes); contents are not read."""
-    digest = hashlib.sha256()
+    """sha256 of the root and of the list of (path below it, bytes, time of the last change); contents are not read."""
+    digest = hashlib.sha256(str(root.resolve()).encode() + b"\n")
     for path in files:
-        size = path.stat().st_size if path.is_file() else -1
+        try:
+            state = path.stat()
+            facts = [state.st_size, state.st_mtime_ns]
+        except OSError:
+            facts = [-1, -1]
         name = path.relative_to(root) if path.is_relative_to(root) else path
-        digest.update(json.dumps([name.as_posix(), size]).encode() + b"\n")
+        digest.update(json.dumps([name.as_posix(), *facts]).encode() + b"\n")
     return digest.hexdigest()

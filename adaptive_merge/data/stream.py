@@ -79,6 +79,8 @@ class TaskStream(pl.LightningDataModule):
             raise InputError("a shuffled schedule has one task a step, which one process would own; share 'samples'")
         if share == "tasks" and protocol and protocol.one_pass:
             raise InputError("in a single pass tasks end before others, and their owner with them; share 'samples'")
+        if not isinstance(images, Mapping):
+            raise InputError(f"`images` are task → am.Images, got {type(images).__name__}")
         self.images = LazyImages({task: partial(_read, images, task, corruption) for task in images})
         self.images_per_task, self.sampling, self.schedule = images_per_task, sampling, schedule
         self.protocol, self.corruption, self.share = protocol or Transductive(), corruption, share
@@ -150,6 +152,10 @@ class TaskStream(pl.LightningDataModule):
 
 
 def _read(images: Mapping[str, Images], task: str, corruption: Corruption | None) -> Images:
+    if not hasattr(images[task], "take") or not hasattr(images[task], "fingerprint"):
+        raise InputError(
+            f"the images of task {task!r} are a {type(images[task]).__name__}; give am.Images(pixels, labels, classes)"
+        )
     return CorruptedImages(images[task], corruption) if corruption else images[task]
 
 

@@ -100,11 +100,7 @@ def begin(
 
 def rebased(experts: TaskVectors, begun: Begun) -> TaskVectors:
     """The bank around θ*: θ* and θₜ − θ*, of the experts' dtype."""
-    shift = experts.pretrained - begun.weights
-    vectors = torch.empty_like(experts.vectors)
-    for row, vector in zip(vectors, experts.vectors):  # one at a time: no copy of all in float32
-        row.copy_(vector.float() + shift)
-    return TaskVectors(experts.tasks, experts.layout, begun.weights, vectors, {**experts.buffers, **begun.buffers})
+    return experts.around(begun.weights, begun.buffers)
 
 
 def load_begun(path: Path, experts: TaskVectors, made_of: Mapping[str, Any] | None = None) -> Begun:
@@ -157,7 +153,9 @@ def _problem(
     backbone, device = model.backbone, trainer.strategy.root_device
     # Not sharded yet: each process merges from what it has.
     anchor = backbone.placement.combine(backbone.coefficients, backbone.coefficients.settled())
-    complete = TaskVectors(experts.tasks, experts.layout, experts.pretrained, experts.vectors, backbone.constants)
+    complete = TaskVectors(
+        experts.tasks, experts.layout, experts.pretrained, experts.vectors, backbone.constants, experts.own
+    )
     images = {task: _Normalised(stream, task, backbone) for task in experts.tasks}
     store = FileStore(folder / PARTIAL) if folder and trainer.is_global_zero and trainer.world_size == 1 else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
@@ -30,7 +31,7 @@ from adaptive_merge.privacy import scrub
 from adaptive_merge.transforms.base import Transform
 
 __all__ = [
-    *("Identity", "check", "describe", "difference", "digest", "kind"),
+    *("Identity", "check", "check_numbers", "describe", "difference", "digest", "kind"),
     *("of_data", "of_heads", "of_method", "of_model", "of_part", "of_parts", "recorded", "settings"),
 ]
 
@@ -94,6 +95,7 @@ def of_method(module: Any, parts: Identity) -> Identity:
         "weight decay": float(module.weight_decay),
         _EXPERTS: hashlib.sha256(repr(module.merged_fingerprints).encode()).hexdigest(),
         _VECTORS: module.vectors_fingerprint,
+        **({"blocks": module.blocks} if module.blocks else {}),
     }
 
 
@@ -146,6 +148,18 @@ def of_part(name: str, part: Any, depth: int = _DEPTH) -> Identity:
     for setting, value in settings(part).items():
         entries |= _of_setting(f"{name}: {setting}", value, depth)
     return entries
+
+
+def check_numbers(parts: Identity) -> None:
+    """Refuse settings that are NaN or infinite: nothing that is computed with them means anything.
+
+    Raises:
+        InputError: names part, setting and value.
+    """
+    for name, value in parts.items():
+        for number in value if isinstance(value, list) else [value]:
+            if number == "nan" or (isinstance(number, float) and not math.isfinite(number)):
+                raise InputError(f"{name}: {number} is no number that anything can be computed with; give a finite one")
 
 
 def kind(part: Any) -> str:

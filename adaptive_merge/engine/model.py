@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
-from adaptive_merge.adapters.heads import HeadLike, frozen_heads
+from adaptive_merge.adapters.heads import HeadLike, check_width, frozen_heads
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import Edit, MergedBackbone
@@ -124,6 +124,7 @@ class AdaptedModel(nn.Module):
         if task not in self.heads:
             raise InputError(f"there is no head for task {task!r}{did_you_mean(str(task), self.heads)}")
         # In float32 whatever the tower ran in: logits are cosines times 100.
+        check_width(task, self.heads[task], features.shape[-1])
         with _no_autocast(features):
             features = features.float()
             for adapter in adapters:
@@ -162,15 +163,22 @@ def _subject(adapter: Adapter, task: str | None) -> Any:
 
 
 def _edit_block(
-    task: str | None, adapters: Sequence[Adapter], means: Means, index: int, _: Tensor | None, tokens: Tensor
-) -> Tensor:
+    task: str | None, adapters: Sequence[Adapter], means: Means, index: int, _: Tensor | None, output: Any
+) -> Any:
+    tokens, *others = output if isinstance(output, tuple) else (output,)
+    if tokens.dim() > 3:
+        raise InputError(
+            f"block {index} gives maps of shape {tuple(tokens.shape)}; what is done to blocks needs tokens [B, N, d], "
+            "as vision transformers have them"
+        )
     with _no_autocast(tokens):
         edited = tokens.float()
         for adapter in adapters:
             edited = adapter.block(_subject(adapter, task), index, edited)
         if means is not None:
             means.append(edited.mean(1) if edited.dim() == 3 else edited)
-    return edited.to(tokens.dtype)
+    edited = edited.to(tokens.dtype)
+    return (edited, *others) if isinstance(output, tuple) else edited
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

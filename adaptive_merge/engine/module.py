@@ -9,30 +9,33 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.engine import identity
+from adaptive_merge.engine.batches import check_batch
 from adaptive_merge.engine.begin import Begun, begin, rebased
+from adaptive_merge.engine.choices import experts_of, merged_of
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.scored import ScoredModule
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
-from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
+from adaptive_merge.engine.strategy import bound_waiting, closing, one_epoch, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
-from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
 from adaptive_merge.merge.rule import Rule
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Objective, Prediction
 from adaptive_merge.objectives.certainty import Entropy
-from adaptive_merge.schedule import Stage, at_step
+from adaptive_merge.schedule import Stage, at_step, check_rates
 from adaptive_merge.starts.base import Start
 from adaptive_merge.transforms.base import Transform
 
@@ -68,6 +71,8 @@ class AdaptiveMerge(ScoredModule):
         bank: `"resident"`: the bank is held on each device. `"streamed"`: it stays in host memory and crosses to
             the device piece by piece, twice a step. `"sharded"`: each process holds one slice of it on its device;
             weights and their gradients are exchanged every step. All learn the same.
+        blocks: pattern of the names of the backbone's repeated blocks (`layer*.*`), for all that works on blocks;
+            default: told by the parameters' names, see `merge.blocks`.
     """
 
     def __init__(
@@ -90,31 +95,26 @@ class AdaptiveMerge(ScoredModule):
         cache: str | None = None,
         unseen: Sequence[str] = (),
         bank: BankKind = "resident",
+        blocks: str | None = None,
     ) -> None:
         super().__init__()
         if accumulate not in ("auto", "joint", "per_task"):
             raise InputError(f"unknown accumulate {accumulate!r}; choose 'auto', 'joint' or 'per_task'")
         if stages and objective:
             raise InputError("give either one objective or stages with an objective each, not both")
-        self.recipe, self.accumulate = recipe, accumulate
+        self.recipe, self.accumulate, self.blocks = recipe, accumulate, blocks
         self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
+        check_rates(self.lr, self.adapter_lr, betas, weight_decay)
         self.betas, self.weight_decay = betas, weight_decay
-        self.experts, self.unseen = task_vectors, tuple(unseen)
-        for task in (task for task in self.unseen if task not in task_vectors.tasks):
-            raise InputError(f"there is no task {task!r} to leave out{did_you_mean(task, task_vectors.tasks)}")
-        kept = [task for task in task_vectors.tasks if task not in self.unseen]
-        if not kept:
-            raise InputError("all tasks are left out; keep at least one to merge and to adapt on")
-        merged = task_vectors.select(kept) if unseen else task_vectors
-        for transform in transforms:
-            merged = transform(merged)
+        self.experts, self.unseen = experts_of(task_vectors, blocks), tuple(unseen)
+        merged = merged_of(self.experts, self.unseen, transforms)
         self.model = AdaptedModel(
             MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
         )
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in task_vectors.tasks)
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in self.experts.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
@@ -126,6 +126,7 @@ class AdaptiveMerge(ScoredModule):
         if start is not None:
             self._parts |= identity.of_part("start", start)
             copy.deepcopy(self.coefficients).rebase(merged)  # refused now, not after the start is solved
+        identity.check_numbers(self._parts)
         self._data: identity.Identity | None = None
         self._vectors: str | None = None
 
@@ -135,14 +136,14 @@ class AdaptiveMerge(ScoredModule):
         return {name: self.experts.fingerprints[name] for name in ("pretrained", *self.tasks)}
 
     @property
-    def _merged_experts(self) -> TaskVectors:
+    def merged_experts(self) -> TaskVectors:
         """The experts in the merge, before any transform."""
         return self.experts.select(self.tasks) if self.unseen else self.experts
 
     def go_on_from(self, begun: Begun) -> None:
         """Merge around a start's solution from now on: coefficients at 0, adapters made anew."""
         self._vectors = self.model.backbone.task_vectors.fingerprint
-        self.model.rebase(rebased(self._merged_experts, begun))
+        self.model.rebase(rebased(self.merged_experts, begun))
         self.begun = begun
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.views = FrozenViews(self.model, self.experts, self.views.outputs)
@@ -177,6 +178,7 @@ class AdaptiveMerge(ScoredModule):
 
         What the model said about the images, before it learns from them, is in `said`: task → logits [B, C].
         """
+        check_batch(batch, self.tasks, self._owns_tasks())
         objective = self._enter(self.stage)
 
         def expert(task: str) -> Prediction:
@@ -196,6 +198,12 @@ class AdaptiveMerge(ScoredModule):
         self._nothing_kept &= bool(step.kept) and not any(step.kept.values())
         return loss
 
+    def on_train_start(self) -> None:
+        """Say what is merged and what learns; a stream without an end is one epoch."""
+        frozen = f"{len(self.tasks)} experts of {self.experts.layout.numel:,} parameters are merged, all frozen"
+        rank_zero_info(f"{frozen}; {sum(one.numel() for one in self.learned):,} parameters learn")
+        one_epoch(self.trainer, self._stream)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Where no image was kept on any process: without gradients Adam leaves everything alone, moments included."""
         if self._nothing_kept:
@@ -204,7 +212,7 @@ class AdaptiveMerge(ScoredModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """One for what modules have no hook for; this is also the last hook before the processes form their group."""
         bound_waiting(self.trainer.strategy)
-        return [_CloseBank()]
+        return closing(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
@@ -215,13 +223,14 @@ class AdaptiveMerge(ScoredModule):
         if stage == "fit":
             self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
         if self.start is not None and self.begun is None:
-            merged = self._merged_experts
+            merged = self.merged_experts
             self.go_on_from(begin(self.start, self.model, merged, self.trainer, self._parts, self.start_folder))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
     def teardown(self, stage: str) -> None:
-        """From here on one process may merge without the others."""
+        """From here on one process may merge without the others; what scoring has said is kept as well."""
+        self.views.outputs.flush()
         self.model.backbone.placement.close()
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
@@ -310,11 +319,3 @@ class AdaptiveMerge(ScoredModule):
         self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
         if kept:
             self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
-
-
-class _CloseBank(pl.Callback):
-    """After an error a process merges alone again: it may have something to save."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(pl_module, AdaptiveMerge):
-            pl_module.model.backbone.placement.close()

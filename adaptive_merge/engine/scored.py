@@ -17,6 +17,7 @@ from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.engine.views import VIEWS, View
+from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["Measure", "ScoredModule"]
@@ -84,7 +85,8 @@ class ScoredModule(pl.LightningModule):
         # The same tasks on every rank, also on one whose share of a task was empty: `compute` is collective.
         named = dict(zip(self.scored_tasks, self.scores))
         shown = [task for task in named if self._source(task) is not None] or list(named)
-        counted = {task: values for task in shown if self.measure in (values := named[task].compute())}
+        counts = {task: self._counted(task, named[task]) for task in shown}
+        counted = {task: values for task, values in counts.items() if self.measure in values}
         found = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
         for name, tasks in {self.measure: self.tasks, f"{self.measure}_unseen": self.unseen}.items():
             means = [found[f"{task}/{self.measure}"] for task in tasks if task in counted]
@@ -95,6 +97,12 @@ class ScoredModule(pl.LightningModule):
         for score in self.scores:
             score.reset()
         self.views.release()
+
+    def _counted(self, task: str, score: TaskScore) -> dict[str, Tensor]:
+        try:
+            return score.compute()
+        except InputError as error:
+            raise InputError(f"task {task!r}, model {self.view!r}: {error}") from error
 
     def on_predict_epoch_start(self) -> None:
         """Merge where all processes meet, as in validation."""

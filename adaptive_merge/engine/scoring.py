@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
 from adaptive_merge.objectives.base import Prediction
-from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy
+from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy, undefined
 
 __all__ = ["CRITERIA", "TaskScore"]
 
@@ -33,6 +33,7 @@ class TaskScore(Metric):
     full_state_update = False
     bins: Tensor
     compared: Tensor
+    undefined: Tensor
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -40,10 +41,13 @@ class TaskScore(Metric):
         # Rows: units, correct, summed confidence. Sums, not lists: a process's share of a task may be empty.
         self.add_state("bins", torch.zeros(3, _BINS), dist_reduce_fx="sum")
         self.add_state("compared", torch.zeros(1 + len(CRITERIA)), dist_reduce_fx="sum")
+        self.add_state("undefined", torch.zeros(2), dist_reduce_fx="sum")
 
     def update(self, ours: Prediction, labels: Tensor | None, expert: Prediction | None = None) -> None:
         """Add a batch: logits [U, C] against labels [U], and against what the expert says about the same images."""
         predicted = self._predict(ours.logits)
+        counts = [undefined(said.logits).sum() for said in (ours, expert or ours)]
+        self.undefined = self.undefined + torch.stack(counts)
         if labels is not None:
             self._count(ours, predicted, labels.flatten())
         if expert is not None and len(predicted):
@@ -56,17 +60,31 @@ class TaskScore(Metric):
             raise InputError(
                 f"{len(labels)} labels for {len(predicted)} predictions: give a label for each row of the head's logits"
             )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise InputError(f"labels have to be integers, the class of each unit, got {labels.dtype}")
         self.metric.update(predicted, labels)
         if not len(labels):
             return
         confidence = ours.logits.float().softmax(-1).amax(-1)
-        place = (confidence * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
+        place = (confidence.nan_to_num() * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence])
         # Not in place: `reset` may have made the sums in inference mode.
         self.bins = self.bins.index_add(1, place, rows)
 
     def compute(self) -> dict[str, Tensor]:
-        """Name → value."""
+        """Name → value.
+
+        Raises:
+            InputError: logits that are NaN or infinite: whoever scores them as some class, or finds them to agree with
+                others, is wrong.
+        """
+        ours, expert = (int(count) for count in self.undefined)
+        if ours or expert:
+            raise InputError(
+                f"the logits of {ours or expert} images are NaN or infinite{'' if ours else ' by their expert'}: its "
+                "weights overflow in this precision, or are of another tower; set --trainer.precision 32-true, or give "
+                "other weights or coefficients"
+            )
         units, correct, confidence = self.bins
         found = {}
         if units.sum():

@@ -38,7 +38,10 @@ class FrozenViews:
         self._held: dict[str, tuple[Any, Mapping[str, Tensor]]] = {}
 
     def weights(self, view: View, task: str) -> Mapping[str, Tensor]:
-        """The tower's weights: θ₀, the task's expert, the merge before adaptation, or the merge as it is now."""
+        """The tower's weights: θ₀, the task's expert, the merge before adaptation, or the merge as it is now.
+
+        With the buffers that belong to them; those of the merge are the backbone's.
+        """
         if view == "individual":
             return self._expert_weights(task)
         backbone = self.model.backbone
@@ -46,10 +49,12 @@ class FrozenViews:
             return self._hold("merge", (view, backbone.coefficients.version), backbone.merge)
         if view == "initial":
             return self._hold("merge", view, lambda: backbone.merge_with(self.initial))
-        flat = self.anchor if view == "anchor" else self.experts.pretrained
+        bank = self.experts
+        flat, buffers = (self.anchor, bank.buffers) if view == "anchor" else (bank.pretrained, bank.buffers_of())
         if flat is None:
             raise InputError("there is no view 'anchor' without a start")
-        return self._hold("merge", view, lambda: self.experts.layout.unflatten(flat.to(backbone.device)))
+        device = backbone.device
+        return self._hold("merge", view, lambda: bank.layout.unflatten(flat.to(device)) | _on(buffers, device))
 
     def prepare(self, view: View) -> None:
         """Make the weights that all tasks share in a view, and hold them until `release`.
@@ -87,8 +92,7 @@ class FrozenViews:
             said = self.model(task, images, self._expert_weights(task), adapted=False, blocks=blocks)
             return torch.cat([said.features, *said.blocks], 1)
 
-        prints = self.experts.fingerprints
-        identity = {"expert": f"{prints['pretrained']} {prints[task]}"}
+        identity = {"expert": self.experts.identity(task)}
         rows = self._cached(task, "expert-blocks" if blocks else "expert", identity, part, source, outputs)
         width = self.model.heads[task].width
         means = rows[:, width:].split(self.model.backbone.block_width(), 1) if blocks else ()
@@ -116,11 +120,7 @@ class FrozenViews:
         backbone = self.model.backbone
         same = backbone.task_vectors.fingerprints == self.experts.fingerprints
         bank, device = backbone.task_vectors if same else self.experts, backbone.device
-        return self._hold(
-            "expert",
-            task,
-            lambda: {name: value.to(device) for name, value in bank.expert(task).items() if name in bank.names},
-        )
+        return self._hold("expert", task, lambda: _on(bank.expert(task), device))
 
     @torch.no_grad()
     def _hold(self, kind: str, key: Any, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -129,3 +129,7 @@ class FrozenViews:
             self._held.pop(kind, None)
             self._held[kind] = (key, make())
         return self._held[kind][1]
+
+
+def _on(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

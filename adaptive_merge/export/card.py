@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -18,7 +18,7 @@ from adaptive_merge.files import replacing
 from adaptive_merge.runs.results import footing, uses_labels
 from adaptive_merge.weights.manifest import sha256_of_files
 
-__all__ = ["write_card"]
+__all__ = ["plain", "write_card"]
 
 _LIBRARY: Final = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx", "safetensors": "safetensors"}
 _LOAD: Final = {
@@ -36,13 +36,27 @@ _LOGITS: Final = "Logits of {} are `{}` with its tensors of `heads.safetensors`.
 _IN_GRAPH: Final = "The graph ends in the task's logits; its head and all that the task has of its own are inside."
 
 
-def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verified: str, command: str) -> None:
+_MEASURED: Final = {
+    "accuracy": "Accuracies are top-1 in % on test images.",
+    "agreement": "Without labels: in % of the test images, agreement with the task's expert.",
+}
+
+
+def write_card(
+    job: Job,
+    format: str,
+    results: Mapping[str, Any] | None,
+    verified: str,
+    command: str,
+    base_models: Sequence[str] = (),
+) -> None:
     """Write `README.md` beside the model.
 
     Args:
         results: the run's `results.json`, for the accuracies; None leaves them out.
         verified: what the comparison found.
         command: how the folder was made.
+        base_models: names on the hub of the models that were merged.
     """
     module, backbone = job.module, job.module.model.backbone
     height, width = image_size(backbone)
@@ -52,19 +66,21 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
     numbers = sum(value.numel() for value in module.coefficients.parameters())
     content = text.substitute(
         library=_LIBRARY[format],
-        title=f"{_plain(module.recipe)}: {len(module.tasks)} experts in one model",
+        base_models=_base_models(base_models),
+        measured=_MEASURED[(results or {}).get("measure", "accuracy")],
+        title=f"{plain(module.recipe)}: {len(module.tasks)} experts in one model",
         summary=f"A merge of {len(module.tasks)} fine-tuned image encoders, adapted on unlabelled test images.",
         protocol=_protocol(results),
-        recipe=_plain(module.recipe),
-        coefficients=_plain(f"{describe(method, 'coefficients')}, {numbers:,} numbers"),
-        adapters=_plain(", ".join(describe(method, name) for name in adapters)) or "none",
-        scope="all tasks (shared merge)" if job.task is None else f"task {_plain(job.task)}",
+        recipe=plain(module.recipe),
+        coefficients=plain(f"{describe(method, 'coefficients')}, {numbers:,} numbers"),
+        adapters=plain(", ".join(describe(method, name) for name in adapters)) or "none",
+        scope="all tasks (shared merge)" if job.task is None else f"task {plain(job.task)}",
         format=format,
         images=32,
         verified=verified,
         tasks=_tasks(module.tasks, results),
         files=_files(job.folder),
-        notes=_notes(job, format, [_plain(method[name]) for name in adapters]),
+        notes=_notes(job, format, [plain(method[name]) for name in adapters]),
         load=_LOAD[format],
         size=height if height == width else f"{height} x {width}",
         mean=list(getattr(backbone.skeleton, "image_mean", None) or OPENAI_MEAN),
@@ -78,13 +94,20 @@ def write_card(job: Job, format: str, results: Mapping[str, Any] | None, verifie
         partial.write_text(content, encoding="utf-8")
 
 
+def _base_models(names: Sequence[str]) -> str:
+    """The card's metadata by which the hub draws the family of a merge; a line each."""
+    if not names:
+        return ""
+    return "".join(["base_model:\n", *(f"- {name}\n" for name in names), "base_model_relation: merge\n"])
+
+
 def _tasks(tasks: tuple[str, ...], results: Mapping[str, Any] | None) -> str:
     if results is None:
-        return "\n".join(f"- {_plain(task)}" for task in tasks)
+        return "\n".join(f"- {plain(task)}" for task in tasks)
     rows = ["| task | images | pre-trained | individual | merged | adapted |", "|---|---:|---:|---:|---:|---:|"]
     unseen = results.get("unseen", {"tasks": []})
     for task, row in results["tasks"].items():
-        name = f"{_plain(task)} (not merged)" if task in unseen["tasks"] else _plain(task)
+        name = f"{plain(task)} (not merged)" if task in unseen["tasks"] else plain(task)
         # Of a single pass the exported weights are those at its end.
         final = {"adapted": results["online"]["final"][task]} if "online" in results else {}
         rows.append(f"| {name} | {row['n']:,} | {_percent(row | final)} |")
@@ -135,14 +158,14 @@ def _logits(heads: Mapping[str, Head]) -> str:
     formulas = {task: head.formula for task, head in heads.items()}
     if len(set(formulas.values())) == 1:
         return _LOGITS.format("a task", *set(formulas.values()))
-    return "\n".join(f"- {_LOGITS.format(_plain(task), formula)}" for task, formula in formulas.items())
+    return "\n".join(f"- {_LOGITS.format(plain(task), formula)}" for task, formula in formulas.items())
 
 
 def _experts(fingerprints: Mapping[str, str]) -> str:
     rows = ["| weights | sha256 (names, shapes and values) |", "|---|---|"]
-    return "\n".join([*rows, *(f"| {_plain(name)} | `{digest}` |" for name, digest in fingerprints.items())])
+    return "\n".join([*rows, *(f"| {plain(name)} | `{digest}` |" for name, digest in fingerprints.items())])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A name that cannot break a table or smuggle in markup."""
     return "".join("_" if letter in "|<>`\n\r\\[]" else letter for letter in text)

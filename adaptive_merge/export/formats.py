@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from adaptive_merge.adapters.heads import Head
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
 from adaptive_merge.export.onnx_graph import write_onnx
@@ -149,9 +150,7 @@ FORMATS: Final[dict[str, Callable[[Job], None]]] = {
 }
 
 
-def write_heads(job: Job) -> None:
+def write_heads(heads: Mapping[str, Head], folder: Path) -> None:
     """`heads.safetensors`: `<task>.<name>` of each tensor of a head, such as `weight` [C, d] and `bias` [C]."""
-    tensors = {
-        f"{task}.{name}": value for task, head in job.folded.heads.items() for name, value in head.state_dict().items()
-    }
-    save_tensors(job.folder / "heads.safetensors", tensors, {"format": "pt"})
+    tensors = {f"{task}.{name}": value for task, head in heads.items() for name, value in head.state_dict().items()}
+    save_tensors(folder / "heads.safetensors", tensors, {"format": "pt"})

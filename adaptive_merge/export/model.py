@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +10,7 @@ from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
 from adaptive_merge.export.adapter_file import save_adapters
 from adaptive_merge.export.card import write_card
+from adaptive_merge.export.folder import check_free, new_folder
 from adaptive_merge.export.formats import FORMATS, Job, write_heads
 from adaptive_merge.export.tower import fold
 from adaptive_merge.export.verify import IMAGES, verify
@@ -36,6 +35,7 @@ def export_model(
     check: bool = True,
     results: Mapping[str, Any] | None = None,
     command: str = "adaptive_merge.export.export_model(...)",
+    base_models: Sequence[str] = (),
 ) -> str:
     """Write the model, its heads, the adapter file and a card into a new folder; returns what was done, in words.
 
@@ -50,6 +50,7 @@ def export_model(
         check: load the folder again and compare it on 32 images.
         results: content of `results.json`, for the card.
         command: for the card.
+        base_models: names on the hub of the pre-trained model and its experts, for the card.
 
     Raises:
         InputError: the folder is taken; the format cannot express the model; the comparison failed.
@@ -59,31 +60,32 @@ def export_model(
     folded = fold(module, task)
     if folded.left and format != "onnx":
         raise InputError(_REFUSED[task is None].format(task=task, format=format, reasons="; ".join(folded.left)))
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     training = module.training
     module.eval()
     try:
-        told = _fill(Job(module, folded, task, partial, text), format, check, results, command)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(partial, folder)
+        with new_folder(folder) as partial:
+            told = _fill(Job(module, folded, task, partial, text), format, check, results, command, base_models)
     finally:
         module.train(training)
-        shutil.rmtree(partial, ignore_errors=True)
     return f"wrote {format} to {folder}; {told}"
 
 
-def _fill(job: Job, format: str, check: bool, results: Mapping[str, Any] | None, command: str) -> str:
+def _fill(
+    job: Job,
+    format: str,
+    check: bool,
+    results: Mapping[str, Any] | None,
+    command: str,
+    base_models: Sequence[str],
+) -> str:
     FORMATS[format](job)
-    write_heads(job)
+    write_heads(job.folded.heads, job.folder)
     save_adapters(job.module, job.folder / "adapters.safetensors")
     told = "not compared (--verify)"
     if check:
         load_sealed(job.folder / "adapters.safetensors")
         told = f"largest difference {verify(job, format):.1e}"
-    write_card(job, format, results, told, command)
+    write_card(job, format, results, told, command, base_models)
     return f"{told} on {IMAGES} images" if check else told
 
 
@@ -92,5 +94,4 @@ def _check_request(folder: Path, format: str, text: str | None) -> None:
         raise InputError(f"unknown format {format!r}; choose {', '.join(FORMATS)}")
     if text is not None and format != "open_clip":
         raise InputError(f"a text tower belongs into an open_clip folder only, not into {format}; leave out --text")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"`{folder}` exists already; choose another --output, or remove it first")
+    check_free(folder)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.errors import InputError, check_normalisation, did_you_mean
+from adaptive_merge.merge.blocks import in_depth
 from adaptive_merge.merge.placement import BankKind, Placement, place
 from adaptive_merge.merge.rule import Rule, State
 from adaptive_merge.merge.task_vectors import TaskVectors
@@ -54,7 +55,8 @@ class MergedBackbone(nn.Module):
     its `state_dict`, which holds the rule's parameters alone.
 
     Args:
-        backbone: any module that maps a batch to features [B, d].
+        backbone: any module that maps a batch to features [B, d], or to an output with fields, as those of Hugging
+            Face: of these `image_embeds` is taken, else `pooler_output`.
         task_vectors: the bank; its names are those of `backbone.named_parameters()`.
         coefficients: the rule of the merge, such as `LayerWise()`; bound to the bank here.
         bank: where the bank lives while it is merged: `"resident"`, `"streamed"` or `"sharded"`, see `placement`.
@@ -74,6 +76,9 @@ class MergedBackbone(nn.Module):
     ) -> None:
         super().__init__()
         _check_fit(backbone, task_vectors)
+        if getattr(backbone, "image_mean", None) is not None:
+            mean, std = backbone.image_mean, getattr(backbone, "image_std", None)
+            check_normalisation("backbone.image_mean, backbone.image_std", mean, std)
         self.coefficients = coefficients.bind(task_vectors)
         self.kind, self.placement = bank, place(task_vectors, bank)
         # Straight into __dict__, past nn.Module: the skeleton has no weights to move, save or broadcast.
@@ -161,14 +166,28 @@ class MergedBackbone(nn.Module):
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Names of the tower's repeated blocks, such as `transformer.resblocks.0`, in order."""
-        return tuple(dict.fromkeys(block for block in self.task_vectors.layout.blocks if block))
+        """Names of the tower's repeated blocks, such as `transformer.resblocks.0`, front to back."""
+        return in_depth(self.task_vectors.layout.blocks)
 
     def block_width(self) -> int:
-        """Channels of a block's output: the usual length of its vectors, for norms and output biases have it."""
+        """Channels of every block's output: the usual length of a block's vectors, for norms and biases have it.
+
+        Raises:
+            InputError: there are no blocks, or they are not of one width.
+        """
         layout = self.task_vectors.layout
-        lengths = [shape[0] for shape, block in zip(layout.shapes, layout.blocks) if block and len(shape) == 1]
-        return statistics.mode(lengths)
+        lengths: dict[str, list[int]] = {block: [] for block in layout.depth("what is done to blocks")}
+        for shape, block in zip(layout.shapes, layout.blocks):
+            if block and len(shape) == 1:
+                lengths[block].append(shape[0])
+        widths = {block: statistics.mode(values) for block, values in lengths.items() if values}
+        if len(set(widths.values())) != 1:
+            listed = ", ".join(f"{block} {width}" for block, width in widths.items())
+            raise InputError(
+                "what is done to blocks needs blocks of one width, this backbone has "
+                f"{listed or 'blocks without norms'}; name those of one width with `blocks`, such as 'layer4.*'"
+            )
+        return next(iter(widths.values()))
 
     def forward(
         self,
@@ -183,7 +202,7 @@ class MergedBackbone(nn.Module):
 
         Args:
             images: a batch.
-            parameters: the weights to use; default: `merge()`.
+            parameters: the weights to use, and buffers where they are not the merge's; default: `merge()`.
             edits: submodules and functions that replace their outputs, in this order.
 
         Raises:
@@ -191,11 +210,12 @@ class MergedBackbone(nn.Module):
         """
         if images.shape[0] == 0:  # a process's empty share: towers infer sizes, which of nothing they cannot
             return self.forward(images.new_zeros((1, *images.shape[1:])), parameters, edits)[:0]
-        weights = dict(self.merge() if parameters is None else parameters) | self.constants
+        weights = self.constants | dict(self.merge() if parameters is None else parameters)
         with _hooked(self.skeleton, edits):
-            return torch.func.functional_call(
+            output = torch.func.functional_call(
                 self.skeleton, weights, (self.normalise(images),), tie_weights=self.tied, strict=True
             )
+        return output if isinstance(output, Tensor) else _features(output)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images in uint8 as the tower wants them; any others as they are."""
@@ -225,6 +245,18 @@ class MergedBackbone(nn.Module):
         self.placement.to(device)
         self.constants = {name: buffer.to(device) for name, buffer in self.constants.items()}
         return self
+
+
+def _features(output: Any) -> Tensor:
+    """Features of an output with fields."""
+    for name in ("image_embeds", "pooler_output"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    raise InputError(
+        f"the backbone gives a {type(output).__name__}, expected features [B, d]: a tensor, or an output with "
+        "`image_embeds` or `pooler_output`; wrap the backbone in a module that picks its features"
+    )
 
 
 @contextmanager
@@ -277,5 +309,10 @@ def _check_fit(backbone: nn.Module, task_vectors: TaskVectors) -> None:
     for what, names, own in (("parameter", known, shapes), ("buffer", task_vectors.buffers, owned)):
         surplus = [name for name in names if name not in own]
         if surplus:
-            near = did_you_mean(surplus[0], own)
-            raise InputError(f"the task vectors' {what} {surplus[0]!r} is not in the backbone{near}")
+            remedy = did_you_mean(surplus[0], own)
+            if surplus[0] in owned:
+                remedy = (
+                    " as a parameter but as a buffer; tell `TaskVectors.from_state_dicts` with "
+                    "`buffers=[name for name, _ in backbone.named_buffers()]`"
+                )
+            raise InputError(f"the task vectors' {what} {surplus[0]!r} is not in the backbone{remedy}")

@@ -1,13 +1,23 @@
-"""A bank as a file that the processes of a node read together."""
+"""A bank as a file that the processes of a node read together, and that one of them writes."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["kept_bank"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["kept_bank", "kept_file"]
+
+_ANEW = "remove it, and the next run writes it anew"
 
 
 def kept_bank(bank: TaskVectors, folder: str | Path) -> TaskVectors:
@@ -15,20 +25,71 @@ def kept_bank(bank: TaskVectors, folder: str | Path) -> TaskVectors:
 
     Processes that map one file share its pages, so a node holds the bank once however many processes it runs, and
     may drop pages when memory is short. The file is named by the fingerprint of its content: a bank of other
-    experts, or in another dtype, is another file. Several processes may write it at once; the file appears whole.
+    experts, or in another dtype, is another file.
 
     Raises:
         InputError: the file is damaged, or holds another bank than its name says.
     """
     path = Path(folder) / f"bank-{bank.fingerprint}.safetensors"
+    mapped = kept_file(path, lambda: bank)
+    if mapped.fingerprint != bank.fingerprint:
+        raise InputError(f"{path}: it holds another bank than its name says; {_ANEW}")
+    mapped.folder = Path(folder)
+    return mapped
+
+
+def kept_file(path: Path, make: Callable[[], TaskVectors], made_of: str = "") -> TaskVectors:
+    """The bank in a file, memory-mapped; where there is none, it is made and written first, by one process of a node.
+
+    The others wait for it, and make it themselves if it dies. The file appears whole.
+
+    Args:
+        path: of the file.
+        make: gives the bank.
+        made_of: what it is made of, for a bank whose fingerprint is not known before it is made.
+
+    Raises:
+        InputError: the file is damaged, or made of something else.
+    """
     if not path.is_file():
-        bank.save(path)
+        with _alone(path):
+            if not path.is_file():
+                make().save(path, made_of)
     try:
         mapped = TaskVectors.load(path)
     except InputError as error:
-        raise InputError(f"{error}; or remove it, and the next run writes it anew") from error
-    if mapped.fingerprint != bank.fingerprint:
-        raise InputError(
-            f"{path}: it holds another bank than its name says; remove it, and the next run writes it anew"
-        )
+        raise InputError(f"{error}; or {_ANEW}") from error
+    if mapped.made_of != made_of:
+        raise InputError(f"{path}: it holds another bank than its name says; {_ANEW}")
     return mapped
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time, by a lock beside `path` that the system takes back when a process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "a") as file:
+            try:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            except (OSError, AttributeError):  # no locks here: every process makes the file, and one's is kept
+                yield
+                return
+            if not _is_at(lock, file.fileno()):
+                continue  # whoever had it has removed it since
+            for left_over in path.parent.glob(f".{path.name}.partial-*"):
+                left_over.unlink(missing_ok=True)  # of a process that died while it wrote
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at its path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

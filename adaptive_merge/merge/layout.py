@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-__all__ = ["Layout"]
+from adaptive_merge.errors import InputError
+from adaptive_merge.merge.blocks import blocks_by, in_depth, known, repeated
 
-# The first numbered part of a name: `transformer.resblocks.` and `3` of `transformer.resblocks.3.ln_1.weight`.
-_NUMBERED = re.compile(r"^((?:.*?\.)?)(\d+)(?:\.|$)")
+__all__ = ["Layout"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,12 @@ class Layout:
     Args:
         names: parameter names, in `named_parameters()` order.
         shapes: their shapes, in the same order.
+        pattern: of the repeated blocks' names, with * for numbers (`layer*.*`); None: see `repeated`.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    pattern: str | None = None
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
@@ -47,16 +47,27 @@ class Layout:
 
     @cached_property
     def blocks(self) -> tuple[str | None, ...]:
-        """For each parameter the repeated block it belongs to (`transformer.resblocks.3`), or None.
+        """For each parameter the repeated block that it belongs to (`transformer.resblocks.3`), or None."""
+        if self.pattern is not None:
+            return blocks_by(self.names, self.pattern)
+        return repeated(self.names, [len(shape) for shape in self.shapes])
 
-        The blocks are the numbered children of the container that holds the most tensors, so that the three
-        convolutions of a stem are not taken for transformer blocks.
+    def depth(self, what: str) -> tuple[str, ...]:
+        """The repeated blocks, front to back.
+
+        Args:
+            what: needs them, for the message.
+
+        Raises:
+            InputError: there are none, or none that can be told by their names.
         """
-        numbered = [_NUMBERED.match(name) for name in self.names]
-        if not any(numbered):
-            return (None,) * len(self.names)
-        container, _ = Counter(found[1] for found in numbered if found).most_common(1)[0]
-        return tuple(f"{container}{found[2]}" if found and found[1] == container else None for found in numbered)
+        ordered = in_depth(self.blocks)
+        if not ordered:
+            raise InputError(
+                f"{what} works on the repeated blocks of the backbone, but {known(self.names)}; name its blocks "
+                "with `blocks`, such as 'layer*.*'"
+            )
+        return ordered
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """Name → parameter, as views of `flat` [P]."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.files import save_tensors
 from adaptive_merge.merge.layout import Layout
+from adaptive_merge.merge.state_dicts import check_expert, check_finite, check_models, differs, mean, shared
 
 __all__ = ["TaskVectors"]
 
@@ -34,14 +36,29 @@ class TaskVectors:
         pretrained: θ₀ [P], float32.
         vectors: τ [T, P], float32 or bfloat16.
         buffers: what the backbone carries besides parameters; equal in all experts, or their mean.
+        own: of floating-point buffers that are not the same in all models, such as BatchNorm's running statistics,
+            everyone's values [1 + T, …]: the pre-trained model's, then each expert's.
     """
+
+    folder: Path | None = None
+    """Where it is kept as a file, and with it what is made of it."""
+    made_of: str = ""
+    """Of a bank that was made of another one and read from a file: what that file says it was made of."""
+    published: float | str = 0.3
+    """The equal coefficient of the static merge that the vectors are for: that of task arithmetic, or a transform's."""
 
     # Not a dataclass: jsonargparse would spell its fields out as options instead of taking the object.
     def __init__(
-        self, tasks: Iterable[str], layout: Layout, pretrained: Tensor, vectors: Tensor, buffers: Mapping[str, Tensor]
+        self,
+        tasks: Iterable[str],
+        layout: Layout,
+        pretrained: Tensor,
+        vectors: Tensor,
+        buffers: Mapping[str, Tensor],
+        own: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.tasks, self.layout = tuple(tasks), layout
-        self.pretrained, self.vectors, self.buffers = pretrained, vectors, dict(buffers)
+        self.pretrained, self.vectors, self.buffers, self.own = pretrained, vectors, dict(buffers), dict(own or {})
 
     @classmethod
     def from_state_dicts(
@@ -58,34 +75,39 @@ class TaskVectors:
             pretrained: name → tensor of the pre-trained backbone.
             experts: task → state dict of the expert fine-tuned from it; a lazily loading mapping keeps the
                 memory at the bank plus one expert.
-            buffers: names that are buffers, not parameters. Integer tensors always count as buffers.
+            buffers: names that are buffers, not parameters, such as `[name for name, _ in model.named_buffers()]`.
+                Integer tensors always count as buffers.
             dtype: of the task vectors, float32 or bfloat16. θ₀ always stays float32.
 
         Raises:
-            InputError: no expert; a missing, extra, transposed or non-finite tensor; integer buffers that differ.
+            InputError: no expert; a missing, extra, transposed or non-finite tensor; parameters that are integers,
+                bools or complex; integer buffers that differ, other than counters that only training reads.
         """
         if not experts:
             raise InputError("there is no expert to merge; give at least one fine-tuned state dict")
         if dtype not in BANK_DTYPES:
             raise InputError(f"a bank of dtype {dtype} is not supported; choose torch.float32 or torch.bfloat16")
+        check_models(pretrained, experts)
         is_buffer = {name: name in buffers or not tensor.is_floating_point() for name, tensor in pretrained.items()}
         parameters = {name: tensor for name, tensor in pretrained.items() if not is_buffer[name]}
         if not parameters:
             raise InputError("the pre-trained state dict holds no floating-point parameter; nothing can be merged")
-        _check_finite("pre-trained weights", parameters)
+        check_finite("pre-trained weights", parameters)
         layout = Layout(tuple(parameters), tuple(tuple(tensor.shape) for tensor in parameters.values()))
         base = torch.cat([tensor.detach().float().flatten() for tensor in parameters.values()])
         vectors = torch.empty(len(experts), layout.numel, dtype=dtype)
-        carried: dict[str, list[Tensor]] = {name: [] for name, buffer in is_buffer.items() if buffer}
+        carried = {name: [pretrained[name]] for name, buffer in is_buffer.items() if buffer}
         for row, task in zip(vectors, experts):
             expert = experts[task]
-            _check_expert(task, expert, pretrained)
+            check_expert(task, expert, pretrained, carried)
             for name, part in zip(layout.names, layout.slices):
                 row[part] = expert[name].detach().float().flatten() - base[part]
+            check_finite(f"expert {task!r}, minus the pre-trained weights", {"all": row})
             for name, values in carried.items():
-                values.append(expert[name])
-        merged_buffers = {name: _merge_buffer(name, values, experts) for name, values in carried.items()}
-        return cls(tuple(experts), layout, base, vectors, merged_buffers)
+                values.append(expert.get(name, values[0]))
+        own = {name: torch.stack([value.float() for value in v]) for name, v in carried.items() if differs(v)}
+        merged = {name: mean(own[name]) if name in own else shared(name, v, experts) for name, v in carried.items()}
+        return cls(tuple(experts), layout, base, vectors, merged, own)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,7 +130,13 @@ class TaskVectors:
         """sha256 of the whole bank: task names, θ₀, every task vector and the buffers."""
         parts = [[task, self.fingerprints[task]] for task in ("pretrained", *self.tasks)]
         parts += [[name, _digest(value)] for name, value in self.buffers.items()]
+        parts += [["own", name, _digest(value)] for name, value in self.own.items()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def identity(self, task: str) -> str:
+        """What an expert's outputs follow from: fingerprints of θ₀, its τ and, where it has any, its own buffers."""
+        own = [_digest(value[1 + self._row(task)], name.encode()) for name, value in self.own.items()]
+        return " ".join([self.fingerprints["pretrained"], self.fingerprints[task], *own])
 
     def _hash(self, row: Tensor) -> str:
         header = json.dumps([self.names, self.layout.shapes, str(row.dtype)])
@@ -118,23 +146,40 @@ class TaskVectors:
         """The same bank on `device`; itself where it is already there."""
         if self.device == torch.device(device):
             return self
-        buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
-        moved = TaskVectors(self.tasks, self.layout, self.pretrained.to(device), self.vectors.to(device), buffers)
+        buffers, own = ({k: v.to(device) for k, v in held.items()} for held in (self.buffers, self.own))
+        moved = TaskVectors(self.tasks, self.layout, self.pretrained.to(device), self.vectors.to(device), buffers, own)
         # The same bits have the same fingerprints; to take them anew, all would have to come back to the host.
         known = {name: value for name, value in self.__dict__.items() if name in ("fingerprints", "fingerprint")}
         moved.__dict__.update(known)
         return moved
 
     def select(self, tasks: Iterable[str]) -> TaskVectors:
-        """The bank of some tasks only, in the order given."""
+        """The bank of some tasks only, in the order given; buffers that differ are averaged over these."""
         tasks = tuple(tasks)
-        rows = self.vectors[[self._row(task) for task in tasks]]
-        return TaskVectors(tasks, self.layout, self.pretrained, rows, self.buffers)
+        rows = [self._row(task) for task in tasks]
+        own = {name: value[[0, *(1 + row for row in rows)]] for name, value in self.own.items()}
+        buffers = self.buffers | {name: mean(value) for name, value in own.items()}
+        selected = TaskVectors(tasks, self.layout, self.pretrained, self.vectors[rows], buffers, own)
+        selected.folder, selected.published = self.folder, self.published
+        return selected
 
     def _row(self, task: str) -> int:
         if task not in self.tasks:
             raise InputError(f"there is no task {task!r} in this bank{did_you_mean(task, self.tasks)}")
         return self.tasks.index(task)
+
+    def with_blocks(self, pattern: str | None) -> TaskVectors:
+        """The bank with its repeated blocks named by a pattern such as `layer*.*`, see `Layout`.
+
+        Raises:
+            InputError: no parameter lies in such a block.
+        """
+        layout = replace(self.layout, pattern=pattern)
+        if pattern is not None:
+            layout.depth("`blocks`")
+        named = TaskVectors(self.tasks, layout, self.pretrained, self.vectors, self.buffers, self.own)
+        named.folder, named.published = self.folder, self.published
+        return named
 
     def with_vectors(self, vectors: Tensor) -> TaskVectors:
         """The bank with other task vectors [T, P]: what a transform returns."""
@@ -142,7 +187,20 @@ class TaskVectors:
             raise InputError(
                 f"task vectors of shape {tuple(vectors.shape)} do not fit a bank of {tuple(self.vectors.shape)}"
             )
-        return TaskVectors(self.tasks, self.layout, self.pretrained, vectors, self.buffers)
+        return TaskVectors(self.tasks, self.layout, self.pretrained, vectors, self.buffers, self.own)
+
+    def around(self, weights: Tensor, buffers: Mapping[str, Tensor]) -> TaskVectors:
+        """The bank of the same experts around other weights θ* [P] in place of θ₀: τₜ = θₜ − θ*.
+
+        Args:
+            weights: θ*, float32.
+            buffers: that θ* has in place of the experts' mean.
+        """
+        shift = self.pretrained - weights
+        vectors = torch.empty_like(self.vectors)
+        for row, vector in zip(vectors, self.vectors):  # one at a time: no copy of all in float32
+            row.copy_(vector.float() + shift)
+        return TaskVectors(self.tasks, self.layout, weights, vectors, self.buffers | dict(buffers), self.own)
 
     def __add__(self, other: TaskVectors) -> TaskVectors:
         return self.with_vectors(self.vectors + self._aligned(other))
@@ -171,10 +229,15 @@ class TaskVectors:
 
     def expert(self, task: str) -> dict[str, Tensor]:
         """The state dict θ₀ + τₜ of one expert, as it was before the merge."""
-        row = self.vectors[self._row(task)]
-        return self.layout.unflatten(self.pretrained + row.float()) | dict(self.buffers)
+        row = self._row(task)
+        return self.layout.unflatten(self.pretrained + self.vectors[row].float()) | self.buffers_of(task)
 
-    def save(self, path: str | Path) -> None:
+    def buffers_of(self, task: str | None = None) -> dict[str, Tensor]:
+        """The buffers of one expert as it came, or those of the pre-trained model."""
+        row = 0 if task is None else 1 + self._row(task)
+        return self.buffers | {name: value[row] for name, value in self.own.items()}
+
+    def save(self, path: str | Path, made_of: str = "") -> None:
         """Write the bank to one safetensors file; names, tasks and the fingerprint travel in its header."""
         header = {
             "schema": SCHEMA,
@@ -182,10 +245,13 @@ class TaskVectors:
             "names": self.names,
             "shapes": self.layout.shapes,
             "buffers": list(self.buffers),
+            **({"own": list(self.own)} if self.own else {}),
+            **({"blocks": self.layout.pattern} if self.layout.pattern else {}),
             "fingerprint": self.fingerprint,
-        }
+        } | ({"made_of": made_of} if made_of else {})
         tensors = {"pretrained": self.pretrained, "vectors": self.vectors}
         tensors |= {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
+        tensors |= {f"own.{name}": values for name, values in self.own.items()}
         save_tensors(path, tensors, {"adaptive_merge.task_vectors": json.dumps(header)})
 
     @classmethod
@@ -202,9 +268,12 @@ class TaskVectors:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["adaptive_merge.task_vectors"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            layout = Layout(tuple(header["names"]), tuple(tuple(shape) for shape in header["shapes"]))
+            shapes = tuple(tuple(shape) for shape in header["shapes"])
+            layout = Layout(tuple(header["names"]), shapes, header.get("blocks"))
             buffers = {name: tensors[f"buffer.{name}"] for name in header["buffers"]}
-            bank = cls(tuple(header["tasks"]), layout, tensors["pretrained"], tensors["vectors"], buffers)
+            own = {name: tensors[f"own.{name}"] for name in header.get("own", ())}
+            bank = cls(tuple(header["tasks"]), layout, tensors["pretrained"], tensors["vectors"], buffers, own)
+            bank.made_of = header.get("made_of", "")
             intact = bank.fingerprint == header["fingerprint"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -220,42 +289,3 @@ def _digest(tensor: Tensor, header: bytes = b"") -> str:
     digest = hashlib.sha256(header)
     digest.update(raw.numpy().data)
     return digest.hexdigest()
-
-
-def _merge_buffer(name: str, values: Sequence[Tensor], experts: Iterable[str]) -> Tensor:
-    if all(torch.equal(values[0], value) for value in values):
-        return values[0].clone()
-    if not values[0].is_floating_point():
-        odd = next(task for task, value in zip(experts, values) if not torch.equal(values[0], value))
-        raise InputError(
-            f"expert {odd!r}: the integer buffer {name!r} differs from the other experts'; it cannot be merged"
-        )
-    return torch.stack([value.float() for value in values]).mean(0)
-
-
-def _check_finite(owner: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{owner}: tensor {name!r} holds NaN or infinite values; the checkpoint is damaged")
-
-
-def _check_expert(task: str, expert: Mapping[str, Tensor], pretrained: Mapping[str, Tensor]) -> None:
-    owner = f"expert {task!r}"
-    for missing in (name for name in pretrained if name not in expert):
-        raise InputError(
-            f"{owner}: tensor {missing!r} is missing{did_you_mean(missing, expert)}; "
-            "was it fine-tuned from this pre-trained model?"
-        )
-    for extra in (name for name in expert if name not in pretrained):
-        raise InputError(
-            f"{owner}: tensor {extra!r} is not in the pre-trained model; remove it, or give the "
-            "pre-trained model that this expert comes from"
-        )
-    for name, tensor in pretrained.items():
-        found, wanted = tuple(expert[name].shape), tuple(tensor.shape)
-        if found != wanted:
-            transposed = "; it looks transposed" if found == wanted[::-1] else ""
-            raise InputError(
-                f"{owner}: tensor {name!r} has shape {found}, the pre-trained model has {wanted}{transposed}"
-            )
-    _check_finite(owner, {name: value for name, value in expert.items() if value.is_floating_point()})

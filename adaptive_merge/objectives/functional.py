@@ -17,6 +17,7 @@ __all__ = [
     "jensen_shannon",
     "log_probabilities",
     "normalised_entropy",
+    "undefined",
 ]
 
 Distance = Literal["l1", "l2", "smooth_l1", "cosine"]
@@ -26,6 +27,11 @@ def entropy(logits: Tensor) -> Tensor:
     """H(x) = −Σₖ pₖ log pₖ in nats, [B] from logits [B, C]; finite, with finite gradients, for saturated logits."""
     log_p = log_probabilities(logits)
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def undefined(logits: Tensor) -> Tensor:
+    """Whether logits [U, C] predict nothing, bool [U]: one of them is NaN or +∞, or all are −∞."""
+    return logits.detach().float().softmax(-1).amax(-1).isnan()
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
+
+from adaptive_merge.merge.blocks import in_depth, numbers, repeated
 
 __all__ = ["depth", "readable"]
 
-# The first numbered part of a name: container, number and the rest.
-_NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.(.*))?$")
 # Order of names says little where they are sorted: these parts come after the blocks.
 _END = re.compile(r"(^|\.)(ln_post|post_layernorm|final_\w*norm|norm|proj|visual_projection|head|fc)(\.\w+)?$")
 _WORDS = (
@@ -32,7 +31,9 @@ _WORDS = (
 
 def readable(names: Sequence[str]) -> list[str]:
     """`transformer.resblocks.3.attn.in_proj_weight` → `3 · qkv`; unknown patterns stay as they are."""
-    return [_shorten(name, found) for name, found in zip(names, _blocks(names))]
+    blocks = repeated(names)
+    labels = _labels(blocks)
+    return [_shorten(name, block, labels.get(block)) for name, block in zip(names, blocks)]
 
 
 def depth(names: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -40,31 +41,29 @@ def depth(names: Sequence[str]) -> tuple[list[str], list[int]]:
 
     The stages are `stem`, the blocks by number, and `end`: what follows the blocks, or is called as such parts are.
     """
-    blocks = _blocks(names)
-    last = max((index for index, found in enumerate(blocks) if found), default=len(names))
+    blocks = repeated(names)
+    numbered = _labels(blocks)
+    last = max((index for index, block in enumerate(blocks) if block), default=len(names))
     stages = [
-        str(int(found[2])) if found else "end" if index > last or _END.search(name) else "stem"
-        for index, (name, found) in enumerate(zip(names, blocks))
+        numbered[block] if block else "end" if index > last or _END.search(name) else "stem"
+        for index, (name, block) in enumerate(zip(names, blocks))
     ]
-    numbers = sorted({int(found[2]) for found in blocks if found})
-    labels = [label for label in ("stem", *map(str, numbers), "end") if label in stages]
+    labels = [label for label in ("stem", *numbered.values(), "end") if label in stages]
     return labels, [labels.index(stage) for stage in stages]
 
 
-def _blocks(names: Sequence[str]) -> list[re.Match[str] | None]:
-    """The match of each name that lies in the container with the most names: the repeated blocks."""
-    found = [_NUMBERED.match(name) for name in names]
-    containers = Counter(match[1] for match in found if match)
-    if not containers:
-        return [None] * len(names)
-    home = containers.most_common(1)[0][0]
-    return [match if match and match[1] == home else None for match in found]
+def _labels(blocks: Sequence[str | None]) -> dict[str | None, str]:
+    """Block → its numbers, without those that all blocks have in common; front to back."""
+    ordered = in_depth(blocks)
+    places = list(zip(*map(numbers, ordered)))
+    differing = [place for place, values in enumerate(places) if len(set(values)) > 1] or [len(places) - 1]
+    return {block: ".".join(str(numbers(block)[place]) for place in differing) for block in ordered}
 
 
-def _shorten(name: str, block: re.Match[str] | None) -> str:
-    text = name if block is None else block[3] or ""
+def _shorten(name: str, block: str | None, label: str | None) -> str:
+    text = name if block is None else name[len(block) + 1 :]
     for pattern, words in _WORDS:
         text = re.sub(pattern, words, text)
     if block is None:
         return text or name
-    return f"{block[2]} · {text}" if text else f"block {block[2]}"
+    return f"{label} · {text}" if text else f"block {label}"

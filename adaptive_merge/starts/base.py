@@ -77,6 +77,15 @@ class Problem:
         own = dict(self.backbone.named_buffers()) | dict(self.experts.buffers)
         return {name: buffer.detach().to(self.anchor.device) for name, buffer in own.items()}
 
+    def buffers_of(self, task: str) -> dict[str, Tensor]:
+        """`buffers`, but of a task's expert: BatchNorm's running statistics are every expert's own."""
+        own = {name: value.to(self.anchor.device) for name, value in self.experts.buffers_of(task).items()}
+        return self.buffers | own
+
+    def tower(self, task: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """`expert`, with all of its buffers."""
+        return self.expert(task, names) | self.buffers_of(task)
+
     def expert(self, task: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Some parameters, or all, of a task's expert, in float32 on the anchor's device."""
         bank, device = self.experts, self.anchor.device

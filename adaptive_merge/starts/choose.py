@@ -222,7 +222,7 @@ def _expected(problem: Problem) -> dict[str, Tensor]:
     """What each expert says of its task's images on this process: logits [N, k, C]."""
     tower, logits = without_weights(problem.backbone), {}
     for task, head in heads_of(problem).items():
-        weights = problem.expert(task) | problem.buffers
+        weights = problem.tower(task)
         rows = [logits_of(tower, weights, batch, head) for batch in problem.batches(task)]
         logits[task] = torch.cat(rows) if rows else problem.anchor.new_zeros(0, 1, head.classes)
     return logits

@@ -269,4 +269,4 @@ class _Experts:
         return self.made.get(task) or self._make(task)
 
     def _make(self, task: str) -> Tensors:
-        return self.problem.expert(task, self.block.parameters) | self.problem.buffers
+        return self.problem.tower(task, self.block.parameters)

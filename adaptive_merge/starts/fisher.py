@@ -51,7 +51,7 @@ class Fisher(Start):
     def _information(self, tower: nn.Module, head: Head, problem: Problem, task: str) -> Tensor:
         """F_t [P] over the images of all processes."""
         weights = {name: value.requires_grad_() for name, value in problem.expert(task).items()}
-        buffers, images = problem.buffers, 0
+        buffers, images = problem.buffers_of(task), 0
         squares = torch.zeros(problem.experts.layout.numel + 1, device=problem.anchor.device)
         for batch in problem.batches(task):
             for image in batch:

@@ -67,7 +67,7 @@ class MaTS(ClosedForm):
         """S_t [out, out] of the sites, float64; of the first block of `path`, which leads to the features."""
         if self.form == "gram" or not sites:
             return {}
-        expert, head = problem.expert(task) | problem.buffers, heads_of(problem)[task]
+        expert, head = problem.tower(task), heads_of(problem)[task]
         sizes = {site: len(site.read(expert).weight) for site in sites}
         totals = {site: problem.anchor.new_zeros(size, size, dtype=torch.float64) for site, size in sizes.items()}
         for number, (_, state) in enumerate(states()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.heads import Head, frozen_heads
+from adaptive_merge.objectives.functional import undefined
 from adaptive_merge.starts.base import Agreement, Problem
 from adaptive_merge.starts.sites import Weights
 
@@ -75,7 +76,8 @@ def agreement(logits: Tensor, expected: Tensor) -> Tensor:
     """Sums over the units of a batch [B, k, C]: their number, those that agree, and the divergence in nats at each of
     `SCALES`; float64 [2 + scales].
     """
-    same = (logits.argmax(-1) == expected.argmax(-1)).double()
+    same = (logits.argmax(-1) == expected.argmax(-1)) & ~(undefined(logits) | undefined(expected))
+    same = same.double()
     second = expected.double().log_softmax(-1)
     divergences = [_divergence((scale * logits.double()).log_softmax(-1), second) for scale in SCALES]
     return torch.stack([same.new_tensor(same.numel()), same.sum(), *divergences])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptive_merge.adapters.heads import HeadLike, LinearHead
 from adaptive_merge.data.images import Images, LazyImages
-from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.errors import InputError, MissingFileError, check_normalisation, did_you_mean
 from adaptive_merge.files import shipped
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.signature import warn_of_locks
@@ -54,8 +54,8 @@ def load_suite(
         dtype: in which the task vectors are held. `"bfloat16"` halves the bank; merges still add up in float32, over
             pre-trained weights in float32. Each entry of a task vector is rounded by up to 0.4 %, also in the
             experts that teach and are scored.
-        banks: a folder that keeps the bank as a file; it is mapped into memory from there, so that the processes of
-            a node hold it once. Default: each process holds its own.
+        banks: a folder that keeps the bank, and what transforms make of it, as files; they are mapped into memory from
+            there, so that the processes of a node compute and hold them once. Default: each process its own.
         lazy: look for a task's images when they are first asked for. Default: data sets that are missing or damaged are
             met before any weights are read.
 
@@ -96,6 +96,7 @@ def _load_plain(
         if task not in known:
             raise InputError(f"suite {name!r} has no task {task!r}{did_you_mean(task, known)}")
     backbone = build_encoder()
+    check_normalisation(str(folder / "suite.json"), manifest["mean"], manifest["std"])
     backbone.image_mean, backbone.image_std = tuple(manifest["mean"]), tuple(manifest["std"])
     pretrained = _in_order(backbone, _read_tensors(folder, "pretrained.safetensors", manifest), folder)
     heads = _read_tensors(folder, "heads.safetensors", manifest)

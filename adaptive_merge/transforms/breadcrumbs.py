@@ -22,6 +22,8 @@ class Breadcrumbs(Transform):
         outliers: γ, the share of a row that is dropped first, its largest entries, in [0, 1].
     """
 
+    published = 0.5
+
     def __init__(self, density: float = 0.15, outliers: float = 0.006) -> None:
         if not (0 <= density <= 1 and 0 <= outliers <= 1):
             raise InputError(f"Breadcrumbs takes shares in [0, 1], got density {density} and outliers {outliers}")

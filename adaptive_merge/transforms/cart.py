@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
-from adaptive_merge.transforms.matrices import QKV, by_matrix, check_qkv, svd
+from adaptive_merge.transforms.matrices import QKV, by_matrix, check_qkv, leading, stacked
 
 __all__ = ["CART", "cart"]
 
@@ -27,6 +28,10 @@ class CART(Transform):
         scale: α of the centred vectors. Published with ViT-B/32: 2.0, 1.5 and 1.9.
         qkv: `"fused"`, as published, or `"split"`: Q, K and V as matrices of their own.
     """
+
+    takes = "own"
+    joint = True
+    published = 1.0
 
     def __init__(self, rank: float = 0.12, scale: float = 2.0, qkv: QKV = "fused") -> None:
         if not 0 <= rank <= 1:
@@ -43,11 +48,10 @@ def cart(tensors: Tensor, rank: float, scale: float) -> Tensor:
 
     Only the weights in the blocks (attention and MLP) are cut; of everything else the centred vectors sum to zero.
     """
-    mean = tensors.mean(0)
-    centred = tensors - mean
+    mean = tensors.mean(0, dtype=torch.float64)
+    centred = stacked(tensors, (tensor.double() - mean for tensor in tensors))  # from here on changed in place
     if rank < 1:
         for matrix in centred:
-            u, s, vt = svd(matrix)
-            kept = int(rank * len(s))
-            matrix.copy_((u[:, :kept] * s[:kept]) @ vt[:kept])
-    return mean / len(tensors) + scale * centred
+            u, s, v = leading(matrix, int(rank * min(matrix.shape)))
+            matrix.copy_((u * s) @ v.T)
+    return centred.mul_(scale).add_(mean / len(tensors))

@@ -24,6 +24,9 @@ class Consensus(Transform):
         agree: k, the least number of tasks, ≥ 0. At 0 everything is kept, above T nothing.
     """
 
+    takes = "experts"
+    published = 0.4
+
     def __init__(
         self, transform: Transform | None = None, threshold: float | list[float] = 0.4, agree: int = 2
     ) -> None:

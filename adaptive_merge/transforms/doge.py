@@ -30,6 +30,10 @@ class DOGE(Transform):
         qkv: `"fused"`, as open_clip stores them, or `"split"`, as in the authors' Hugging Face models.
     """
 
+    takes = "own"
+    joint = True
+    published = 1.0
+
     def __init__(
         self,
         scale: float = 0.07,

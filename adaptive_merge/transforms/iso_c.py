@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
-from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, svd
+from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, stacked, svd
 
 __all__ = ["IsoC", "check_floor", "iso_c"]
 
@@ -28,6 +28,10 @@ class IsoC(Transform):
             times as long as it. At 0.1 they are not, and the sum is no longer flat in its weakest directions.
         qkv: `"fused"`, as published, or `"split"`: Q, K and V as matrices of their own.
     """
+
+    takes = "own"
+    joint = True
+    published = 0.7
 
     def __init__(self, floor: float = 0.0, qkv: QKV = "fused") -> None:
         self.floor, self.qkv = check_floor(floor), check_qkv(qkv)
@@ -55,7 +59,8 @@ def iso_c(matrices: Tensor, floor: float = 0.0) -> Tensor:
     """
     if matrices.shape[1] > matrices.shape[2]:
         return iso_c(matrices.mT, floor).mT
-    u, s, _ = svd(matrices.sum(0))
+    u, s, _ = svd(matrices.sum(0, dtype=torch.float64))
     mean = s.mean()
     factor = torch.where(s > RANK_TOLERANCE * s[0], mean / s.clamp_min(floor * mean), 0.0)
-    return (u * factor) @ u.T @ matrices
+    whitening = (u * factor) @ u.T
+    return stacked(matrices, (whitening @ matrix.double() for matrix in matrices))

@@ -15,7 +15,7 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.iso_c import check_floor, iso_c
-from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, polar, svd
+from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, polar, stacked, svd
 
 __all__ = ["IsoCTS", "iso_cts", "ranks"]
 
@@ -28,6 +28,10 @@ class IsoCTS(Transform):
         floor: as of `IsoC`, for the common directions.
         qkv: `"fused"`, as published, or `"split"`: Q, K and V as matrices of their own.
     """
+
+    takes = "own"
+    joint = True
+    published = 0.7
 
     def __init__(self, common: float = 0.8, floor: float = 0.0, qkv: QKV = "fused") -> None:
         if not 0 <= common <= 1:
@@ -61,19 +65,22 @@ def iso_cts(matrices: Tensor, common: float = 0.8, floor: float = 0.0) -> Tensor
     exists = values > RANK_TOLERANCE * values.max()
     left = polar(torch.cat([u for u, _, _ in triplets], 1) * exists).split([k] + [specific] * len(matrices), 1)
     right = polar(torch.cat([v for _, _, v in triplets], 1) * exists).split([k] + [specific] * len(matrices), 1)
-    own = torch.stack([u @ v.T for u, v in zip(left[1:], right[1:])])
-    u, s, v = triplets[0]
-    inverse = torch.where(exists[:k], 1 / s.clamp_min(floor * values.mean()), 0.0)
-    shared = left[0] @ (inverse[:, None] * (u.T @ matrices @ v)) @ right[0].T
-    return values.mean() * (own + shared)
+    (u, s, v), mean = triplets[0], values.mean()
+    inverse = torch.where(exists[:k], 1 / s.clamp_min(floor * mean), 0.0)
+
+    def share(matrix: Tensor, own_left: Tensor, own_right: Tensor) -> Tensor:
+        common = inverse[:, None] * (u.T @ matrix.double() @ v)
+        return mean * (own_left @ own_right.T + left[0] @ common @ right[0].T)
+
+    return stacked(matrices, map(share, matrices, left[1:], right[1:]))
 
 
 def _triplets(matrices: Tensor, k: int, specific: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Left vectors, values and right vectors: the common ones first, then those of each task."""
-    u, s, vt = svd(matrices.sum(0))
+    u, s, vt = svd(matrices.sum(0, dtype=torch.float64))
     u = u[:, :k]
     found = [(u, s[:k], vt[:k].T)]
     for matrix in matrices:
-        own_u, own_s, own_vt = svd(matrix - u @ (u.T @ matrix))
+        own_u, own_s, own_vt = svd(matrix - u @ (u.T @ matrix.double()))
         found.append((own_u[:, :specific], own_s[:specific], own_vt[:specific].T))
     return found

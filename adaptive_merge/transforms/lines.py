@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from adaptive_merge.errors import InputError
+from typing import Literal
+
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
@@ -24,8 +25,15 @@ class LiNeS(Transform):
         transform: what makes the vectors that are scaled; default none, which is task arithmetic.
     """
 
+    published = 1.0
+
     def __init__(self, b: float = 0.5, a: float | None = None, transform: Transform | None = None) -> None:
         self.b, self.a, self.transform = b, a, transform
+
+    @property
+    def takes(self) -> Literal["rows", "experts"]:  # type: ignore[override]
+        """Only the default of `a` compares the merge with the experts."""
+        return "experts" if self.a is None else "rows"
 
     def __call__(self, bank: TaskVectors) -> TaskVectors:
         shares = depth(bank.layout)
@@ -40,11 +48,9 @@ def depth(layout: Layout) -> list[float]:
     """For each parameter ℓ/(L − 1), from 0 in the first block to 1 in the last; 0 outside the blocks.
 
     Raises:
-        InputError: no parameter name has a number.
+        InputError: there are no repeated blocks, or none that can be told by their names.
     """
-    blocks = list(dict.fromkeys(block for block in layout.blocks if block))
-    if not blocks:
-        raise InputError("LiNeS scales the blocks of the backbone by depth, but no parameter name has a number")
+    blocks = layout.depth("LiNeS")
     last = max(len(blocks) - 1, 1)
     return [blocks.index(block) / last if block else 0.0 for block in layout.blocks]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -13,7 +13,19 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.merge.layout import Layout
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["QKV", "RANK_TOLERANCE", "Piece", "average", "by_matrix", "check_qkv", "pieces", "polar", "svd"]
+__all__ = [
+    "QKV",
+    "RANK_TOLERANCE",
+    "Piece",
+    "average",
+    "by_matrix",
+    "check_qkv",
+    "leading",
+    "pieces",
+    "polar",
+    "stacked",
+    "svd",
+]
 
 QKV = Literal["fused", "split"]
 """Whether `in_proj_weight` [3d, d] of attention counts as one matrix, or as the three of Q, K and V."""
@@ -53,10 +65,10 @@ def pieces(layout: Layout, qkv: QKV = "fused", blocks_only: bool = False) -> Ite
         blocks_only: count only those in the numbered blocks: the weights of attention and MLP.
 
     Raises:
-        InputError: `blocks_only`, and the layout has no numbered blocks.
+        InputError: `blocks_only`, and the layout has no repeated blocks.
     """
-    if blocks_only and not any(layout.blocks):
-        raise InputError("this transform works on the blocks of the backbone, but no parameter name has a number")
+    if blocks_only:
+        layout.depth("this transform")
     for name, shape, part, block in zip(layout.names, layout.shapes, layout.slices, layout.blocks):
         is_matrix = len(shape) == 2 and "text_projection" not in name and bool(block or not blocks_only)
         cuts = 3 if qkv == "split" and name.endswith("in_proj_weight") and shape[0] % 3 == 0 else 1
@@ -79,31 +91,57 @@ def by_matrix(
     qkv: QKV = "fused",
     blocks_only: bool = False,
 ) -> TaskVectors:
-    """The bank with each tensor transformed by itself; memory beyond the result is a few copies of one tensor.
+    """The bank with each tensor transformed by itself; memory beyond the result is about one tensor's in float64.
 
     Args:
         bank: of T tasks; what no expert has moved stays zero and is not handed on.
-        matrix: float64 [T, m, n] → [T, m, n], for matrices.
-        other: float64 [T, …] → [T, …], for everything else.
+        matrix: [T, m, n] of the bank's dtype → float64 [T, m, n], for matrices. It widens one task's at a time.
+        other: [T, …] → [T, …], for everything else.
         qkv, blocks_only: see `pieces`.
     """
     found = torch.zeros_like(bank.vectors)
     for piece in pieces(bank.layout, qkv, blocks_only):
         columns = bank.vectors[:, piece.part]
         if columns.any():
-            tensors = columns.double().view(-1, *piece.shape)
+            tensors = columns.view(-1, *piece.shape)
             rule = matrix if piece.matrix else other
-            found[:, piece.part] = rule(tensors).reshape(columns.shape).to(found.dtype)
+            found[:, piece.part].view_as(tensors).copy_(rule(tensors))
     return bank.with_vectors(found)
 
 
+def stacked(like: Tensor, rows: Iterable[Tensor]) -> Tensor:
+    """float64 of the shape of `like` [T, …] from its rows as they come; `torch.stack` would hold them all twice."""
+    made = torch.empty_like(like, dtype=torch.float64, memory_format=torch.contiguous_format)
+    for place, row in zip(made, rows, strict=True):
+        place.copy_(row)
+    return made
+
+
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin U [m, r], S [r], Vᵀ [r, n] of a matrix [m, n], r = min(m, n)."""
+    """The thin U [m, r], S [r], Vᵀ [r, n] of a matrix [m, n], r = min(m, n), in float64."""
+    matrix = matrix.double()
     if matrix.shape[0] < matrix.shape[1]:
         # LAPACK takes half the time on tall matrices.
         v, s, ut = torch.linalg.svd(matrix.T, full_matrices=False)
         return ut.T, s, v.T
     return torch.linalg.svd(matrix, full_matrices=False)
+
+
+def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `count` left vectors [m, k], singular values [k] and right vectors [n, k] of a matrix, in float64.
+
+    From the eigenvectors of its Gram matrix, in half the time of a decomposition. Directions that the matrix does not
+    have, up to `RANK_TOLERANCE`, are arbitrary on one side and not of length 1 on the other.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        v, s, u = leading(matrix.T, count)
+        return u, s, v
+    matrix = matrix.double()
+    _, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    v = vectors[:, vectors.shape[1] - count :].flip(1)
+    u = matrix @ v
+    s = u.norm(dim=0)  # of small values more exact than the roots of the eigenvalues
+    return torch.where(s > 0, u / s, 0.0), s, v
 
 
 def polar(matrix: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ class STAR(Transform):
         qkv: `"fused"` or `"split"`: Q, K and V as matrices of their own.
     """
 
+    published = "average"
+
     def __init__(self, eta: float = 40.0, qkv: QKV = "fused") -> None:
         if not 0 < eta <= 100:
             raise InputError(f"STAR keeps a part of the nuclear norm in (0, 100] percent, got eta {eta}")
@@ -39,7 +41,7 @@ def star(matrices: Tensor, eta: float) -> Tensor:
 
     R is one more than the number of leading values that sum to less than eta percent of all; zero stays zero.
     """
-    found = torch.zeros_like(matrices)
+    found = torch.zeros_like(matrices, dtype=torch.float64)
     for row, matrix in zip(found, matrices):
         u, s, vt = svd(matrix)
         partial_sums = s.cumsum(0)

@@ -38,6 +38,10 @@ class SVC(Transform):
         qkv: `"fused"` or `"split"`: Q, K and V as matrices of their own.
     """
 
+    takes = "experts"
+    joint = True
+    published = 1.0
+
     def __init__(
         self,
         transform: Transform | None = None,

@@ -30,6 +30,8 @@ class Ties(Transform):
             keep it, so that equal coefficients of 1 give the disjoint mean.
     """
 
+    published = 0.3
+
     def __init__(
         self, density: float = 0.2, counted_over: int | None = None, reduce: Literal["sum", "mean"] = "sum"
     ) -> None:

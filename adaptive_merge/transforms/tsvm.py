@@ -13,7 +13,16 @@ from torch import Tensor
 
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
-from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, polar, svd
+from adaptive_merge.transforms.matrices import (
+    QKV,
+    RANK_TOLERANCE,
+    average,
+    by_matrix,
+    check_qkv,
+    leading,
+    polar,
+    stacked,
+)
 
 __all__ = ["TSVM", "tsvm"]
 
@@ -24,6 +33,10 @@ class TSVM(Transform):
     Args:
         qkv: `"fused"`, as published, or `"split"`: Q, K and V as matrices of their own.
     """
+
+    takes = "own"
+    joint = True
+    published = 1.0
 
     def __init__(self, qkv: QKV = "fused") -> None:
         self.qkv = check_qkv(qkv)
@@ -44,12 +57,12 @@ def tsvm(matrices: Tensor) -> Tensor:
     lefts, values, rights = zip(*map(partial(_leading, kept=kept), matrices))
     left, right = polar(torch.cat(lefts, 1)), polar(torch.cat(rights, 1))
     scaled = left * torch.cat(values)
-    return torch.stack([u @ v.T for u, v in zip(scaled.split(kept, 1), right.split(kept, 1))])
+    return stacked(matrices, (u @ v.T for u, v in zip(scaled.split(kept, 1), right.split(kept, 1))))
 
 
 def _leading(matrix: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first columns of U and V and singular values; zero vectors where the matrix has no more rank."""
-    u, s, vt = svd(matrix)
+    u, s, v = leading(matrix, kept)
     # The vectors of zero values are arbitrary; left in, they would turn those of the other tasks.
-    exists = s[:kept] > RANK_TOLERANCE * s[0]
-    return u[:, :kept] * exists, s[:kept], vt[:kept].T * exists
+    exists = s > RANK_TOLERANCE * s[0]
+    return u * exists, s, v * exists

@@ -28,6 +28,10 @@ class WUDI(Transform):
         qkv: `"fused"`, as the authors ran open_clip, or `"split"`: Q, K and V as matrices of their own.
     """
 
+    takes = "own"
+    joint = True
+    published = 1.0
+
     def __init__(self, steps: int = 300, lr: float = 1e-5, qkv: QKV = "fused") -> None:
         if steps < 0 or lr <= 0:
             raise InputError(f"WUDI needs steps ≥ 0 and lr > 0, got {steps} and {lr}")
@@ -39,6 +43,7 @@ class WUDI(Transform):
 
 def wudi(matrices: Tensor, steps: int, lr: float) -> Tensor:
     """τₜ + (M − Σₜ τₜ)/T for matrices [T, m, n]; tasks that have moved nothing have no say."""
+    matrices = matrices.double()
     merged = matrices.sum(0)
     start = merged.clone()
     squares = matrices.square().sum((1, 2))

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import InputError, check_normalisation
 
 __all__ = ["METADATA_KEY", "Manifest", "Weights", "sha256_of_files"]
 
 METADATA_KEY = "adaptive_merge.manifest"
 _CHUNK = 1 << 20
+_NEUTRAL = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Manifest:
     revision: str | None = None
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_normalisation(f"`{self.source}`", self.mean or _NEUTRAL, self.std or _NEUTRAL)
 
     def architecture(self) -> dict[str, int | None]:
         """The sizes that two towers must share to be merged, by name."""

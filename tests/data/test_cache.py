@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import adaptive_merge as am
 from adaptive_merge.data import cache as image_cache
 from adaptive_merge.data.cache import cached_images, resized
-from adaptive_merge.data.sources import folder_source
+from adaptive_merge.data.sources import TorchvisionSource, folder_source
 
 
 def noise(width, height, mode="RGB", seed=0):
@@ -134,3 +135,89 @@ def test_the_cache_delivers_ten_times_the_images_of_decoding():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.measure(2000, 224)["times"] >= 10
+
+
+def saved_as(path, seed, kind):
+    noise(20, 20, seed=seed).convert("L" if kind == "pgm" else "RGB").save(path)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "ppm", "pgm", "tif"])
+def test_a_file_replaced_by_one_of_the_same_size_is_read_again(tmp_path, kind):
+    place = tmp_path / "images" / "cat"
+    place.mkdir(parents=True)
+    saved_as(place / f"0.{kind}", 1, kind)
+    before, size = cached_images(folder_source(tmp_path / "images"), tmp_path, 16, name="pets"), 0
+    size = (place / f"0.{kind}").stat().st_size
+    saved_as(place / f"0.{kind}", 2, kind)
+    assert (place / f"0.{kind}").stat().st_size == size
+    after = cached_images(folder_source(tmp_path / "images"), tmp_path, 16, name="pets")
+    expected = resized(Image.open(place / f"0.{kind}").convert("RGB"), 16)
+    assert np.array_equal(after.pixels[0].numpy(), expected) and before.fingerprint != after.fingerprint
+
+
+def test_check_finds_a_file_that_was_replaced_without_a_trace(tmp_path):
+    """Same size, same time of change: only decoding tells."""
+    place = tmp_path / "images" / "cat" / "0.bmp"
+    place.parent.mkdir(parents=True)
+    saved_as(place, 1, "bmp")
+    cached_images(folder_source(tmp_path / "images"), tmp_path, 16, name="pets", check=True)
+    state = place.stat()
+    saved_as(place, 2, "bmp")
+    os.utime(place, ns=(state.st_atime_ns, state.st_mtime_ns))
+    cached_images(folder_source(tmp_path / "images"), tmp_path, 16, name="pets")
+    with pytest.raises(am.InputError, match="task 'pets': image 0 is not the one in the cache .*; remove"):
+        cached_images(folder_source(tmp_path / "images"), tmp_path, 16, name="pets", check=True)
+
+
+def test_two_roots_with_equal_names_are_two_caches(tmp_path):
+    found = []
+    for seed, root in enumerate(("a", "b")):
+        place = tmp_path / root / "images" / "cat" / "0.bmp"
+        place.parent.mkdir(parents=True)
+        saved_as(place, seed, "bmp")
+        os.utime(place, ns=(10**18, 10**18))
+        found.append(cached_images(folder_source(tmp_path / root / "images"), tmp_path, 16, name="pets").pixels)
+    assert not torch.equal(*found)
+
+
+def test_arrays_that_were_replaced_are_read_again(tmp_path):
+    class Data:
+        def __init__(self, path):
+            self.pixels = np.load(path)
+
+        def __len__(self):
+            return len(self.pixels)
+
+        def __getitem__(self, index):
+            return Image.fromarray(self.pixels[index]), 0
+
+    found = []
+    (tmp_path / "raw").mkdir()
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+        np.save(tmp_path / "raw" / "x.npy", pixels)
+        source = TorchvisionSource(Data(tmp_path / "raw" / "x.npy"), tmp_path / "raw", [0, 0, 0], ["a"])
+        found.append(cached_images(source, tmp_path / "cache", 16, name="arrays"))
+        assert np.array_equal(found[-1].pixels.numpy(), pixels)
+
+
+def test_an_interrupted_build_that_was_changed_starts_anew(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "_CHUNK", 5)
+    source = folder_source(folder)
+    load, calls = source.load, []
+
+    def stopping(index):
+        calls.append(index)
+        if index == 7 and calls.count(7) == 1:
+            raise KeyboardInterrupt
+        return load(index)
+
+    monkeypatch.setattr(source, "load", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cached_images(source, tmp_path, 16, name="pets", workers=1)
+    partial = next(tmp_path.glob("*.partial"))
+    content = bytearray(partial.read_bytes())
+    content[3] ^= 1
+    partial.write_bytes(content)
+    found = cached_images(source, tmp_path, 16, name="pets", workers=1)
+    assert np.array_equal(found.pixels[0].numpy(), resized(load(0), 16)) and calls.count(0) == 2

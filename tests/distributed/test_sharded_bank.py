@@ -24,6 +24,7 @@ RECIPES = {
     "tinting++, a block": (am.TintingPP, {"layer": "blocks.1.1.weight"}, {}),
     "a mask, joint": (am.AdaptiveMerge, {"coefficients": ConcreteMask, "accumulate": "joint", "lr": 0.01}, {}),
     "a mask, per task": (am.AdaptiveMerge, {"coefficients": ConcreteMask, "accumulate": "per_task", "lr": 0.01}, {}),
+    "a line, per task": (am.AdaptiveMerge, {"coefficients": am.DepthWise, "accumulate": "per_task"}, {}),
     # Of four processes one owns no task, and merges along with the others all the same.
     "tasks owned, joint": (am.AdaMerging, {"accumulate": "joint"}, {"share": "tasks"}),
     "tasks owned, surgery": (am.Surgery, {"rank": 2}, {"share": "tasks"}),

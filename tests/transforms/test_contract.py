@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import adaptive_merge as am
+from adaptive_merge import parts
 from adaptive_merge.engine.identity import of_part
 from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.breadcrumbs import Breadcrumbs
@@ -24,6 +25,7 @@ from adaptive_merge.transforms.wudi import WUDI
 from transforms.conftest import build
 
 ALL = [
+    Ties(),
     TSVM(),
     TSVM("split"),
     IsoC(),
@@ -90,24 +92,52 @@ def test_nothing_in_nothing_out(tower, transform):
     assert not transform(tower * 0.0).vectors.any()
 
 
-@every
-def test_a_task_that_has_moved_nothing(tower, transform):
-    rows = tower.vectors.clone()
+def test_all_are_here():
+    shipped = parts.kinds("adaptive_merge.transforms", Transform).values()
+    assert {type(transform) for transform in ALL} == set(shipped) - {Transform}
+
+
+def still(rows, views):
     rows[1] = 0
+
+
+def frozen_tensors(rows, views):
+    for expert in views:
+        for tensor in expert[::2]:
+            tensor.zero_()
+
+
+def rank_one(rows, views):
+    for expert in views:
+        for tensor in (tensor for tensor in expert if tensor.dim() == 2):
+            tensor.copy_(tensor[:, :1] @ tensor[:1])
+
+
+def equal(rows, views):
+    rows[:] = rows[0].clone()
+
+
+def opposite(rows, views):
+    rows[1], rows[2] = -rows[0], 0
+
+
+@pytest.mark.parametrize("spoil", [still, frozen_tensors, rank_one, equal, opposite])
+@every
+def test_degenerate_experts_are_defined_and_the_same_twice(tower, transform, spoil):
+    rows = tower.vectors.clone()
+    spoil(rows, [tower.layout.views(row) for row in rows])
     found = transform(with_rows(tower, rows)).vectors
     assert found.isfinite().all()
     assert torch.equal(found, transform(with_rows(tower, rows)).vectors)
+    if spoil is frozen_tensors:
+        assert not any(value.any() for row in found for value in tower.layout.views(row)[::2])
 
 
 @every
 def test_experts_of_low_rank(tower, transform):
     rows = tower.vectors.clone()
-    views = [tower.layout.views(row) for row in rows]
-    for expert in views:
-        for tensor in (tensor for tensor in expert if tensor.dim() == 2):
-            tensor.copy_(tensor[:, :1] @ tensor[:1])
+    rank_one(rows, [tower.layout.views(row) for row in rows])
     found = transform(with_rows(tower, rows)).vectors
-    assert found.isfinite().all()
     # A change far below the precision of weights must not turn what is arbitrary in the null space.
     nudged = transform(with_rows(tower, rows * (1 + 1e-12 * torch.randn_like(rows)))).vectors
     torch.testing.assert_close(found, nudged, rtol=1e-3, atol=1e-3 * found.abs().max().item())

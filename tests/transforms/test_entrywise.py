@@ -146,6 +146,13 @@ def test_doge_descends_and_leaves_the_shared_subspace_nearly_alone():
     assert (basis.T @ delta).norm() < 0.5 * delta.norm()
 
 
+def test_without_adams_rescaling_doge_leaves_the_shared_subspace_alone(monkeypatch):
+    monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
+    matrices = torch.randn(3, 24, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    delta = doge.descend(matrices, doge.scales(matrices, 0.3), subspace=6, steps=20, lr=1e-4)
+    assert (doge.projection(matrices, 6).T @ delta).norm() < 1e-12 * delta.norm()
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -1,5 +1,6 @@
 """What is known of the spectral transforms besides their sums."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from adaptive_merge.transforms import (
     WUDI,
     IsoC,
     IsoCTS,
+    cart,
     iso_c,
     iso_cts,
     matrices,
@@ -120,6 +122,33 @@ def test_iso_cts_divides_the_rank_as_published(rank, tasks, wanted):
     assert iso_cts.ranks(rank, tasks, 0.8) == wanted
 
 
+def test_iso_cts_gives_all_directions_the_mean_of_the_values_that_it_keeps():
+    values = stack(3, 12, 16)
+    k, specific = iso_cts.ranks(12, 3, 0.5)
+    u, s, _ = torch.linalg.svd(values.sum(0))
+    own = [torch.linalg.svdvals(value - u[:, :k] @ u[:, :k].T @ value)[:specific] for value in values]
+    mean = torch.cat([s[:k], *own]).mean()
+    assert (k, specific) == (6, 2)
+    torch.testing.assert_close(torch.linalg.svdvals(iso_cts.iso_cts(values, 0.5).sum(0)), mean.expand(12))
+
+
+@pytest.mark.parametrize("shape", [(16, 10), (10, 16), (10, 10)])
+def test_leading_directions_are_those_of_the_decomposition(shape):
+    (matrix,) = stack(1, *shape)
+    u, s, v = matrices.leading(matrix, 4)
+    wanted = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(s, wanted.S[:4])
+    torch.testing.assert_close((u * s) @ v.T, torch.from_numpy(oracles.low_rank(matrix.numpy(), 4)))
+    for basis in (u, v):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(4, dtype=torch.float64))
+
+
+def test_cart_cuts_the_centred_matrices_to_a_share_of_their_rank():
+    values = stack(3, 10, 16)
+    found = cart.cart(values, 0.35, 2.0) - values.mean(0) / 3
+    assert [rank(part) for part in found] == [3, 3, 3]
+
+
 def test_cart_at_full_rank_and_scale_one_is_the_mean_plus_what_sums_to_zero():
     bank = build()
     torch.testing.assert_close(CART(1.0, 1.0)(bank).vectors.sum(0), bank.vectors.mean(0))
@@ -130,7 +159,9 @@ def test_star_keeps_the_nuclear_norm():
     values = stack()
     found = star.star(values, 40)
     torch.testing.assert_close(torch.linalg.matrix_norm(found, "nuc"), torch.linalg.matrix_norm(values, "nuc"))
-    assert max(map(rank, found)) < 10
+    for part, value in zip(found, values):
+        sums = np.cumsum(np.linalg.svd(value.numpy())[1])
+        assert rank(part) == np.searchsorted(sums, 0.4 * sums[-1]) + 1 < 10
     torch.testing.assert_close(star.star(values, 100), values)
 
 
@@ -138,6 +169,12 @@ def test_svc_of_one_task_gives_it_back():
     bank = build(tasks=("a",))
     found = bank.layout.unflatten(SVC(scale=0.5, a=0.1)(bank).vectors[0])
     torch.testing.assert_close(found["proj"], bank.layout.unflatten(bank.vectors[0])["proj"])
+
+
+def test_svc_counts_a_direction_that_all_experts_share_once():
+    (matrix,) = stack(1)
+    experts = matrix.expand(3, -1, -1)
+    torch.testing.assert_close(svc.svc(experts, experts, 0.1).sum(0), matrix)
 
 
 def test_svc_leaves_a_merge_alone_that_answers_each_expert_as_it_should():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.objectives.base import Prediction
-from adaptive_merge.objectives.functional import entropy, jensen_shannon
+from adaptive_merge.objectives.functional import entropy, jensen_shannon, undefined
 
 __all__ = ["Alarm", "Range", "Signals", "judge", "mean_change", "sums"]
 
@@ -109,9 +109,10 @@ def sums(
     ours, theirs = prediction.logits.float(), expert.logits.float()
     probabilities = torch.zeros(2, width, device=ours.device)
     probabilities[:, : ours.shape[1]] = torch.stack([ours.softmax(-1).sum(0), theirs.softmax(-1).sum(0)])
+    agreed = predict(ours) == predict(theirs)
     single = [
         ours.new_tensor(len(ours)),
-        (predict(ours) == predict(theirs)).float().sum(),
+        (agreed & ~(undefined(ours) | undefined(theirs))).float().sum(),
         jensen_shannon(ours, theirs).sum(),
         entropy(ours).sum(),
         prediction.features.float().norm(dim=-1).sum(),

@@ -173,8 +173,7 @@ class Diagnostics(pl.Callback):
         tasks = module.scored_tasks
         result = torch.full((len(tasks), len(tasks)), float("nan"))
         for row, expert in enumerate(tasks):
-            known = module.experts.expert(expert)
-            weights = {name: known[name].to(module.device) for name in module.experts.names}
+            weights = module.views.weights("individual", expert)
             for column, task in enumerate(tasks):
                 labels = self._kept[f"label.{_LAST}.{column}"]
                 if task in self._sample and labels:
