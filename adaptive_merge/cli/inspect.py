@@ -14,6 +14,8 @@ from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.files import strict_json
 from adaptive_merge.limits import check_header, read_json
 from adaptive_merge.runs.checkpoint import read_checkpoint
+from adaptive_merge.runs.measures import measures
+from adaptive_merge.runs.reading import read_run
 
 __all__ = ["describe", "inspect"]
 
@@ -50,9 +52,19 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     }
     if results.is_file():
         content["results"] = read_json(results, strict=False)
+        content |= _measured(folder)
     if checkpoint.is_file():
         content["checkpoint"] = _describe_checkpoint(checkpoint)
     return content
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """What follows from a finished run's numbers; nothing of files that only look like one."""
+    try:
+        run = read_run(folder)
+        return {"measures": measures(run.merged), "interference": run.diagnostics and run.diagnostics.interference()}
+    except (InputError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:

@@ -61,6 +61,43 @@ def interference(run: Run) -> Iterator[Plan]:
             lambda: feature_figures.cosine_matrix(names, found.arrays["cosine"]),
             False,
         )
+    known = found.interference()
+    if "sign_conflicts" in known:
+        yield (
+            "Sign conflicts",
+            "Share of entries on which the task vectors of two tasks point in opposite directions, mean over pairs; "
+            "signs drawn at random would give 50 %.",
+            lambda: feature_figures.sign_conflicts(found.parameters, found.arrays["sign_conflicts"][1]),
+            False,
+        )
+    if "masks" in known:
+        density, lost, alone = (known["masks"][name] for name in ("density", "catastrophic", "selfish"))
+        yield (
+            "Overlap of TALL-masks",
+            "Jaccard index of the entries that tasks rely on. "
+            f"A task keeps {100 * np.mean(list(density.values())):.0f} % of them on average; "
+            f"{100 * alone:.0f} % serve one task alone (selfish), {100 * lost:.0f} % none (catastrophic).",
+            lambda: feature_figures.mask_overlap(names, found.arrays["masks.jaccard"]),
+            False,
+        )
+    if "alignment" in known:
+        yield (
+            "Subspace alignment",
+            "Share of each task vector's norm that lies in the leading directions of the merge (SAR, ε = 0.05), mean "
+            "over matrices.",
+            lambda: feature_figures.subspace_alignment(
+                {view: dict(zip(names, values.values())) for view, values in known["alignment"].items()}
+            ),
+            False,
+        )
+    if "contribution" in known:
+        yield (
+            "Contribution of the layers",
+            "Percentage points of agreement with the task's expert that are lost when a layer goes back to the "
+            "pre-trained weights; below zero the task would be served better without its share.",
+            lambda: feature_figures.layer_contributions(found.layers, names, found.arrays["contribution"]),
+            False,
+        )
     if "cross" in found.arrays:
         yield (
             "Experts on each other's tasks",

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.figure import Figure
 
+from adaptive_merge.report.layers import depth, readable
 from adaptive_merge.report.style import (
     DIVERGING,
     MUTED,
@@ -28,10 +29,14 @@ __all__ = [
     "calibration_error",
     "cosine_matrix",
     "cross_accuracy",
+    "layer_contributions",
+    "mask_overlap",
     "project_features",
     "projection",
     "reliability",
     "representation_distance",
+    "sign_conflicts",
+    "subspace_alignment",
 ]
 
 _BINS = 15  # of the expected calibration error, as in Guo et al., ICML 2017
@@ -129,6 +134,56 @@ def cross_accuracy(tasks: Sequence[str], accuracies: np.ndarray) -> Figure:
     return figure
 
 
+@styled
+def mask_overlap(tasks: Sequence[str], jaccard: np.ndarray) -> Figure:
+    """Jaccard index [T, T] of the tasks' masks."""
+    values = np.where(np.eye(len(tasks), dtype=bool), np.nan, np.asarray(jaccard, float))
+    figure = _matrix(tasks, values, "{:.2f}", SEQUENTIAL, (0, max(0.05, float(np.nanmax(values, initial=0.0)))))
+    tune(figure.axes[0], grid=None)
+    return figure
+
+
+@styled
+def layer_contributions(layers: Sequence[str], tasks: Sequence[str], values: np.ndarray) -> Figure:
+    """Agreement [L, T] in [0, 1] that is lost without a layer's share, in percentage points."""
+    shown = 100 * np.asarray(values, float)
+    reach = max(1.0, float(np.nanmax(np.abs(shown), initial=0.0)))
+    figure = _matrix(tasks, shown, "{:.0f}", DIVERGING, (-reach, reach), readable(layers))
+    tune(figure.axes[0], grid=None)
+    return figure
+
+
+@styled
+def sign_conflicts(parameters: Sequence[str], shares: np.ndarray) -> Figure:
+    """Share [G] of opposed signs: a dot a parameter, a line through the means of the stages of the network."""
+    labels, stages = depth(parameters)
+    values, stages = 100 * np.asarray(shares, float), np.asarray(stages)
+    figure, (axes,) = canvas(4.8, 2.6)
+    axes.plot(stages, values, ".", color=MUTED, markersize=3)
+    axes.plot(range(len(labels)), [values[stages == stage].mean() for stage in range(len(labels))], color=colour(0))
+    axes.axhline(50, color=MUTED, linewidth=1, linestyle=":")
+    axes.set_xticks(range(len(labels)), labels, fontsize=8 if len(labels) < 16 else 6.5)
+    axes.set_ylim(bottom=0)
+    tune(axes, x="block", y="opposed signs in %")
+    return figure
+
+
+@styled
+def subspace_alignment(views: Mapping[str, Mapping[str, float]]) -> Figure:
+    """View → task → subspace alignment ratio in [0, 1]; a dot a task and view."""
+    tasks = list(next(iter(views.values())))
+    figure, (axes,) = canvas(4.8, 0.9 + 0.32 * len(tasks))
+    for index, (view, values) in enumerate(views.items()):
+        shade, name = VIEW_COLOURS.get(view, colour(index)), VIEW_NAMES.get(view, label(view, 16))
+        axes.scatter([values[task] for task in tasks], range(len(tasks)), 34, shade, label=name)
+    axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
+    axes.set_ylim(-0.6, len(tasks) - 0.4)
+    axes.set_xlim(0, 1.02)
+    tune(axes, x="subspace alignment ratio", grid="x")
+    legend(axes)
+    return figure
+
+
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = _BINS) -> float:
     """ECE: Σ over bins of (share of images) · |accuracy − mean confidence|."""
     return float(sum(share * abs(right - sure) for sure, right, share in _bin(confidence, correct, bins)))
@@ -169,14 +224,22 @@ def _bin(confidence: np.ndarray, correct: np.ndarray, bins: int) -> list[tuple[f
     ]
 
 
-def _matrix(tasks: Sequence[str], values: np.ndarray, form: str, colours, limits: tuple[float, float]) -> Figure:
-    """A square of colours with a number in each cell."""
-    size = len(tasks)
-    figure, (axes,) = canvas(4.8, 1.35 + 0.33 * max(size, 3))
+def _matrix(
+    tasks: Sequence[str],
+    values: np.ndarray,
+    form: str,
+    colours,
+    limits: tuple[float, float],
+    rows: Sequence[str] | None = None,
+) -> Figure:
+    """Colours with a number in each cell; a column a task, a row a task as well where no names of rows are given."""
+    rows = tasks if rows is None else rows
+    figure, (axes,) = canvas(4.8, 1.35 + 0.33 * max(len(rows), 3))
     axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
-    axes.set_xticks(range(size), [label(task, 14) for task in tasks], rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(size), [label(task, 14) for task in tasks])
-    for row, column in np.ndindex(size, size):
+    names = [label(task, 14) for task in tasks]
+    axes.set_xticks(range(len(tasks)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), [label(name, 18) for name in rows])
+    for row, column in np.ndindex(len(rows), len(tasks)):
         value = values[row, column]
         if np.isfinite(value):
             part = (value - limits[0]) / (limits[1] - limits[0])

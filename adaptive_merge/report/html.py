@@ -22,6 +22,7 @@ from adaptive_merge.report.sections import run_sections
 from adaptive_merge.report.style import SERIES, VIEW_NAMES, printable
 from adaptive_merge.report.summary import Card, cards, duration, gap_closed, warnings_of
 from adaptive_merge.report.terms import ORACLE, alarms, choice, sentence, start, start_choices, terms
+from adaptive_merge.runs.measures import improvement, normalised
 from adaptive_merge.runs.reading import Run, read_run
 from adaptive_merge.runs.results import uses_labels
 
@@ -111,6 +112,7 @@ def _run_content(run: Run, prefix: str, tsne: bool, detailed: bool) -> dict[str,
 
 def _tasks(run: Run) -> list[dict[str, Any]]:
     gaps, protocol = recovered(run.tasks), run.results["protocol"]
+    nai = improvement(run.tasks, "adapted")
     return [
         {
             "name": printable(task, 60),
@@ -118,6 +120,7 @@ def _tasks(run: Run) -> list[dict[str, Any]]:
             "adapted_on": protocol["adapted_on"][task] if protocol else None,
             "row": row,
             "gap": gaps[task],
+            "nai": nai[task],
         }
         for task, row in run.tasks.items()
     ]
@@ -125,7 +128,10 @@ def _tasks(run: Run) -> list[dict[str, Any]]:
 
 def _quantities(run: Run) -> list[tuple[str, list[str]]]:
     """Name → a text per view, of what accuracy does not say; nothing where a run did not record it."""
+    over = {view: normalised(run.merged, view) for view in VIEW_NAMES}
     named = {
+        f"normalised {run.measure}, mean of ratios": [_percent(one["mean_of_ratios"]) for one in over.values()],
+        f"normalised {run.measure}, ratio of means": [_percent(one["ratio_of_means"]) for one in over.values()],
         "calibration error (ECE)": [_percent(run.calibration_error(view)) for view in VIEW_NAMES],
         "agreement with the experts": [_percent(run.criterion(view, "agreement")) for view in VIEW_NAMES],
         "JS divergence to the experts, nats": [_decimal(run.criterion(view, "js")) for view in VIEW_NAMES],

@@ -42,6 +42,34 @@ class Diagnostics:
 
     arrays: dict[str, np.ndarray]
     tasks: list[str]
+    parameters: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+
+    def interference(self) -> dict[str, Any]:
+        """What was recorded of task vectors, masks, subspaces and layers, in plain numbers under names."""
+        arrays, found = self.arrays, {}
+        if (conflicts := arrays.get("sign_conflicts")) is not None and len(self.parameters) == conflicts.shape[-1]:
+            rows = dict(zip(self.parameters, conflicts.T.astype(float).round(4).tolist()))
+            found["sign_conflicts"] = {name: dict(zip(("any", "pairs"), row)) for name, row in rows.items()}
+        if {"masks.density", "masks.jaccard", "masks.kept_by"} <= arrays.keys():
+            kept = arrays["masks.kept_by"]
+            found["masks"] = {
+                "density": self._by_task(arrays["masks.density"]),
+                "jaccard": {task: self._by_task(row) for task, row in zip(self.tasks, arrays["masks.jaccard"])},
+                "catastrophic": round(float(kept[0]), 4),
+                "selfish": round(float(kept[1]), 4),
+            }
+        views = {name.partition(".")[2]: value for name, value in arrays.items() if name.startswith("alignment.")}
+        if views:
+            found["alignment"] = {view: self._by_task(value) for view, value in views.items()}
+        if "contribution" in arrays:
+            found["contribution"] = {
+                layer: self._by_task(row) for layer, row in zip(self.layers, arrays["contribution"])
+            }
+        return found
+
+    def _by_task(self, values: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.tasks, values.astype(float).round(4).tolist()))
 
 
 @dataclass(frozen=True)
@@ -179,7 +207,7 @@ def _read_diagnostics(path: Path, notes: list[str]) -> Diagnostics | None:
         return None
     try:
         arrays, metadata = read_tensors(path)
-        return Diagnostics(arrays, metadata["tasks"])
+        return Diagnostics(arrays, metadata["tasks"], *(metadata.get(name, []) for name in ("parameters", "layers")))
     except (SafetensorError, ValueError, KeyError, TypeError):
         notes.append("diagnostics.safetensors cannot be read: features, interference and calibration are left out.")
         return None

@@ -22,6 +22,7 @@ from adaptive_merge.errors import InputError, MissingFileError, check_normalisat
 from adaptive_merge.files import shipped
 from adaptive_merge.limits import ARRAY_BYTES, LimitError, check_header, check_names, read_json
 from adaptive_merge.merge.bank_file import kept_bank
+from adaptive_merge.merge.signature import warn_of_locks
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.suites.base import Experts, Suite
 from adaptive_merge.suites.clip_folder import KIND, chosen_tasks, load_clip_folder
@@ -59,7 +60,7 @@ def load_suite(
     The folder is laid out like the embedded one, or is a CLIP suite (`"kind": "clip"`, see configs/clip): then its
     `suite.json` says where checkpoints, heads and data sets lie. In the embedded layout a task may have the entry
     `"head": "linear"`: its head is then a linear layer on features as they are, with `<task>.bias` if the file has one.
-    Images without labels have no array `<split>_labels`.
+    Images without labels have no array `<split>_labels`. Experts that look locked against merging are warned of.
 
     Args:
         name: `"embedded"`, a folder that holds `suite.json`, or one that ships, such as `"clip/vit_b_32/8tasks"`.
@@ -89,6 +90,7 @@ def load_suite(
         suite = load_clip_folder(folder, manifest, tasks, split, dtype, lazy)
     else:
         suite = _load_plain(name, folder, manifest, tasks, split, dtype, lazy)
+    warn_of_locks(suite.task_vectors)
     return replace(suite, task_vectors=kept_bank(suite.task_vectors, banks)) if banks else suite
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +14,17 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from adaptive_merge.callbacks.record.contributions import contributions, layers_of
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_tensors
+from adaptive_merge.runs.interference import alignment, cosines, mask_statistics, sign_conflicts
 
 __all__ = ["FILE", "Diagnostics"]
 
 FILE = "diagnostics.safetensors"
+_log = logging.getLogger(__name__)
 _LAST = "adapted"
-_CROSS_PARAMETERS = 20_000_000  # without a GPU, T² scorings of larger backbones take minutes
-_PIECE = 1 << 22
+_SMALL = 20_000_000  # parameters; without a GPU, T² scorings or a decomposition of larger backbones take minutes
 
 
 class Diagnostics(pl.Callback):
@@ -32,7 +36,12 @@ class Diagnostics(pl.Callback):
     - `confidence.<view>.<i>`, `correct.<view>.<i>`, `label.<view>.<i>` [n], the last two where there are labels;
     - `features.<view>.<i>` [m, d] of the first m images;
     - `distance.<view>` [T]: mean |feature − expert's feature| on those m images;
-    - `cosine` [T, T] between task vectors, and `cross` [T, T]: accuracy of expert i (row) on task j (column).
+    - `cosine` [T, T] between task vectors, and `cross` [T, T]: accuracy of expert i (row) on task j (column);
+    - of the experts' task vectors, see `runs.interference`: `sign_conflicts` [2, G], by parameter of the metadata's
+      `parameters`; `masks.density` [T], `masks.jaccard` [T, T] and `masks.kept_by` [T + 1] of their TALL-masks;
+      `alignment.<view>` [T] of merges, the subspace alignment ratio;
+    - `contribution` [L, T], where it was asked for: the agreement with task j's expert that is lost when layer i of the
+      metadata's `layers` goes back to θ₀.
 
     With several processes the file holds the share of the first.
 
@@ -40,12 +49,28 @@ class Diagnostics(pl.Callback):
         folder: where to write; default: the trainer's log folder.
         images: images of a task whose features are kept; the experts of other tasks see the first quarter.
         cross: whether to run every expert on every task. `"auto"`: on a GPU, or for backbones below 20 M parameters.
+        interference: whether to look at signs, masks and subspaces of the task vectors; `"auto"` as for `cross`.
+        contributions: images of a task, at most `images`, on which to try each layer's share of the merge; 0: not at
+            all. It costs a forward of each of them for every layer (block, or what lies outside the blocks) and task,
+            and needs no label.
     """
 
-    def __init__(self, folder: str | None = None, images: int = 200, cross: bool | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        images: int = 200,
+        cross: bool | Literal["auto"] = "auto",
+        interference: bool | Literal["auto"] = "auto",
+        contributions: int = 0,
+    ) -> None:
         if images < 1:
             raise InputError(f"`images` must be at least 1, got {images}")
+        if not 0 <= contributions <= images:
+            raise InputError(f"`contributions` must be from 0 to `images`, {images}, got {contributions}")
         self.folder, self.images, self.cross = folder, images, cross
+        self.interference, self.contributions = interference, contributions
+        self._alignment: dict[str, Tensor] = {}
+        self._merged: Mapping[str, Tensor] = {}
         self._kept: dict[str, list[Tensor]] = defaultdict(list)
         self._sample: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -72,6 +97,7 @@ class Diagnostics(pl.Callback):
         if "label" in batch:
             self._kept[f"correct.{view}.{place}"].append((predicted == batch["label"]).to(torch.uint8))
             self._kept[f"label.{view}.{place}"].append(batch["label"])
+        self._keep_merge(trainer, pl_module, batch["task"])
         room = self.images - sum(map(len, self._kept[f"features.{view}.{place}"]))
         if room > 0:
             self._kept[f"features.{view}.{place}"].append(outputs["features"].detach()[:room].half())
@@ -83,22 +109,45 @@ class Diagnostics(pl.Callback):
         if not self._watching(trainer) or pl_module.view != _LAST or not self._kept:
             return
         self._write(pl_module)
-        self._kept.clear()
-        self._sample.clear()
+        for kept in (self._kept, self._sample, self._alignment):
+            kept.clear()
+        self._merged = {}
 
     def _watching(self, trainer: pl.Trainer) -> bool:
         """Only the scoring after the adaptation, by `trainer.validate`; not validation within `fit`."""
         return trainer.state.fn == "validate"
+
+    def _keep_merge(self, trainer: pl.Trainer, module: pl.LightningModule, task: str) -> None:
+        """Look at the merge while the view holds it: to merge a sharded bank anew, all processes would have to meet."""
+        view = module.view
+        if view not in ("anchor", "initial", _LAST) or not trainer.is_global_zero:
+            return
+        if view not in self._alignment and self._affords(self.interference, module):
+            self._alignment[view] = alignment(module.experts, module.views.weights(view, task))
+        if view == _LAST and self.contributions:
+            self._merged = module.views.weights(view, task)
 
     @rank_zero_only
     @torch.no_grad()
     def _write(self, module: pl.LightningModule) -> None:
         arrays = {name: torch.cat(parts).cpu() for name, parts in self._kept.items()}
         arrays |= self._distances(arrays, len(module.scored_tasks))
-        arrays["cosine"] = _cosines(module.experts.vectors).cpu()
-        if self._crosses(module) and any(name.startswith("label.") for name in arrays):
+        arrays["cosine"] = cosines(module.experts.vectors)
+        names = {"tasks": list(module.scored_tasks)}
+        if self._affords(self.cross, module) and any(name.startswith("label.") for name in arrays):
             arrays["cross"] = self._cross(module)
-        save_tensors(self._path, arrays, {"tasks": json.dumps(list(module.scored_tasks))})
+        if self._affords(self.interference, module):
+            masks = mask_statistics(module.experts)
+            arrays |= {f"masks.{name}": value for name, value in vars(masks).items()}
+            arrays |= {f"alignment.{view}": value for view, value in self._alignment.items()}
+            arrays["sign_conflicts"], names["parameters"] = sign_conflicts(module.experts), list(module.experts.names)
+        if self._merged:
+            arrays["contribution"], names["layers"] = (
+                self._contributions(module),
+                list(layers_of(module.experts.layout)),
+            )
+        arrays = {name: value.cpu() for name, value in arrays.items()}
+        save_tensors(self._path, arrays, {key: json.dumps(value) for key, value in names.items()})
 
     def _distances(self, arrays: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
         found = {}
@@ -108,10 +157,16 @@ class Diagnostics(pl.Callback):
                 found[f"distance.{view}"] = torch.stack([(a.float() - b.float()).abs().mean() for a, b in pairs])
         return found
 
-    def _crosses(self, module: pl.LightningModule) -> bool:
-        if self.cross == "auto":
-            return module.device.type == "cuda" or module.experts.pretrained.numel() < _CROSS_PARAMETERS
-        return self.cross
+    def _affords(self, chosen: bool | Literal["auto"], module: pl.LightningModule) -> bool:
+        if chosen == "auto":
+            return module.device.type == "cuda" or module.experts.pretrained.numel() < _SMALL
+        return chosen
+
+    def _contributions(self, module: pl.LightningModule) -> Tensor:
+        images = {task: torch.cat(parts)[: self.contributions] for task, parts in self._sample.items()}
+        number = (len(layers_of(module.experts.layout)) + 2) * sum(map(len, images.values()))
+        _log.info("contributions of the layers: %d forward passes of an image", number)
+        return contributions(module, self._merged, images)
 
     def _cross(self, module: pl.LightningModule) -> Tensor:
         """[T, T] accuracy of each expert with the head of each task, on the kept images."""
@@ -126,12 +181,3 @@ class Diagnostics(pl.Callback):
                     predicted = module.model(task, images, weights, adapted=False).logits.argmax(-1)
                     result[row, column] = (predicted == torch.cat(labels)[: len(images)]).float().mean()
         return result
-
-
-def _cosines(vectors: Tensor) -> Tensor:
-    """[T, T] cosines of the rows of a bank [T, P], read in pieces."""
-    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
-    for piece in vectors.split(_PIECE, dim=1):
-        gram += (piece.float() @ piece.float().T).double()
-    norms = gram.diagonal().sqrt().clamp_min(1e-30)
-    return (gram / norms[:, None] / norms).float()
