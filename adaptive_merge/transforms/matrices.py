@@ -129,7 +129,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             v, s, ut = torch.linalg.svd(matrix.T, full_matrices=False)
             return ut.T, s, v.T
         return torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         u, s, v = leading(matrix, min(matrix.shape))
         return u, s, v.T
 
