@@ -258,6 +258,7 @@ class AdaptiveMergeCLI(LightningCLI):
             steps=self.trainer.global_step,
             seconds=seconds,
             guard=guard.record() if guard else None,
+            notes=self._get(self.config_init, "suite").notes,
         )
         publish(results, self.folder)
         if self.trainer.is_global_zero and self.settings.run.report:

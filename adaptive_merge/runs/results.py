@@ -88,6 +88,7 @@ def summary(
     steps: int,
     seconds: Mapping[str, float],
     guard: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The content of `results.json`.
 
@@ -99,6 +100,7 @@ def summary(
         steps: that were taken.
         seconds: part of the run → how long it took.
         guard: the guard's record.
+        notes: checkpoint → what its reader had to say about it.
     """
     measure, labelled = module.measure, module.measure == "accuracy"
     scores = {view: {task: row[measure] for task, row in tasks.items()} for view, tasks in evaluation.items()}
@@ -138,6 +140,7 @@ def summary(
         else {},
         "criteria": {view: _criteria(evaluation[view], module.tasks) for view in ("initial", "adapted")},
         "guard": dict(guard or {}),
+        "notes": {source: list(own) for source, own in (notes or {}).items() if own},
         "steps": steps,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": peak_memory(),
