@@ -18,7 +18,7 @@ from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.scoring import CRITERIA
-from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.engine.views import VIEWS, gain, percent
 from adaptive_merge.runs.online import prequential
 from adaptive_merge.runs.record import MEASURES
 
@@ -194,9 +194,9 @@ def peak_memory() -> int:
 
 def _cells(row: Mapping[str, float]) -> list[str]:
     """The gain is over the static merge: of a start and of the steps together."""
-    gain = row["adapted"] - row.get("anchor", row["initial"])
+    gained = gain(row["adapted"], row.get("anchor", row["initial"]))
     shown = [view for view in (*VIEWS[:2], "anchor", *VIEWS[2:]) if view in row]
-    return [*(f"{100 * row[view]:.1f}" for view in shown), f"{100 * gain:+.1f}"]
+    return [*(f"{percent(row[view]):.1f}" for view in shown), f"{gained:+.1f}"]
 
 
 def _means(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:
