@@ -83,8 +83,8 @@ class AdaptiveMergeCLI(LightningCLI):
             path = self.settings.ckpt_path if self._undo else None
             if path and restoring(error):
                 raise InputError(
-                    f"{path}: this run cannot go on from it ({type(error).__name__}: {error}); the file is damaged or of "
-                    "another program: give a last.ckpt of these settings, or start anew (--run.if_exists overwrite)"
+                    f"{path}: this run cannot go on from it ({type(error).__name__}: {error}); the file is damaged or "
+                    "of another program: give a last.ckpt of these settings, or start anew (--run.if_exists overwrite)"
                 ) from error
             raise
 
@@ -301,6 +301,7 @@ class AdaptiveMergeCLI(LightningCLI):
             steps=self.trainer.global_step,
             seconds=seconds,
             guard=guard.record() if guard else None,
+            notes=self._get(self.config_init, "suite").notes,
         )
         publish(results, self.folder)
         if self.trainer.is_global_zero and self.settings.run.report:

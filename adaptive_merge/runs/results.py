@@ -19,7 +19,7 @@ from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.scoring import CRITERIA
-from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.engine.views import VIEWS, gain, percent
 from adaptive_merge.errors import printable
 from adaptive_merge.runs.online import prequential
 from adaptive_merge.runs.record import MEASURES
@@ -90,6 +90,7 @@ def summary(
     steps: int,
     seconds: Mapping[str, float],
     guard: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The content of `results.json`.
 
@@ -101,6 +102,7 @@ def summary(
         steps: that were taken.
         seconds: part of the run → how long it took.
         guard: the guard's record.
+        notes: checkpoint → what its reader had to say about it.
     """
     measure, labelled = module.measure, module.measure == "accuracy"
     scores = {view: {task: row[measure] for task, row in tasks.items()} for view, tasks in evaluation.items()}
@@ -140,6 +142,7 @@ def summary(
         else {},
         "criteria": {view: _criteria(evaluation[view], module.tasks) for view in ("initial", "adapted")},
         "guard": dict(guard or {}),
+        "notes": {source: list(own) for source, own in (notes or {}).items() if own},
         "steps": steps,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": peak_memory(),
@@ -193,9 +196,9 @@ def peak_memory() -> int:
 
 def _cells(row: Mapping[str, float]) -> list[str]:
     """The gain is over the static merge: of a start and of the steps together."""
-    gain = row["adapted"] - row.get("anchor", row["initial"])
+    gained = gain(row["adapted"], row.get("anchor", row["initial"]))
     shown = [view for view in (*VIEWS[:2], "anchor", *VIEWS[2:]) if view in row]
-    return [*(f"{100 * row[view]:.1f}" for view in shown), f"{100 * gain:+.1f}"]
+    return [*(f"{percent(row[view]):.1f}" for view in shown), f"{gained:+.1f}"]
 
 
 def _shown(name: str) -> str:

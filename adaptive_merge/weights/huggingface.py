@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.weights.folders import Folder, read_json
@@ -14,6 +14,8 @@ __all__ = ["HuggingFace", "from_huggingface", "snapshot", "to_huggingface"]
 
 # CLIPVisionConfig's own defaults: older folders write only what differs from them.
 _DEFAULTS: Final = {"hidden_act": "quick_gelu", "num_attention_heads": 12, "image_size": 224, "layer_norm_eps": 1e-5}
+_CLASSES: Final = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
+_TYPES: Final = ("clip", "clip_vision_model")
 _ACTIVATIONS: Final = {"quick_gelu": True, "gelu": False}
 _SETTINGS: Final = ("config.json", "preprocessor_config.json", "open_clip_config.json", "adapter_config.json")
 _SAFETENSORS: Final = (
@@ -35,6 +37,7 @@ class HuggingFace(Folder):
     def statement(self, folder: Path) -> Manifest:
         path = folder / self.config
         config = read_json(path)
+        _check_class(path, config)
         vision = config.get("vision_config", config)
         vision = {**_DEFAULTS, **vision} if isinstance(vision, dict) else dict(_DEFAULTS)
         activation = vision["hidden_act"]
@@ -54,6 +57,20 @@ class HuggingFace(Folder):
             quick_gelu=_ACTIVATIONS[activation],
             mean=triple(preprocess.get("image_mean")),
             std=triple(preprocess.get("image_std")),
+        )
+
+
+def _check_class(path: Path, config: dict[str, Any]) -> None:
+    """Refuse models that do more than CLIP's image tower, or something else: all tensors may fit, and mean another."""
+    stated = config.get("architectures") or []
+    classes = stated if isinstance(stated, list) else [stated]
+    odd = [name for name in classes if name not in _CLASSES]
+    kind = config.get("model_type", _TYPES[0])
+    if odd or kind not in _TYPES:
+        raise InputError(
+            f"`{path}`: {f'architectures {odd[0]!r}' if odd else f'model_type {kind!r}'}, expected "
+            f"{' or '.join(_CLASSES)}: other models pool or classify in their own way; save the image tower as one of "
+            "these"
         )
 
 

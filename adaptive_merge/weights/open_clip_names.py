@@ -21,6 +21,7 @@ __all__ = [
     "is_text_leftover",
     "parameter_names",
     "tower_prefix",
+    "unwrapped",
 ]
 
 Value = TypeVar("Value")
@@ -110,12 +111,23 @@ def architecture_of(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
     }
 
 
-def tower_prefix(names: Iterable[str], marker: str, path: str) -> str | None:
-    """What stands before `marker` (a tensor that only the image tower has), or None where it is not there."""
+def unwrapped(loaders: Mapping[str, Value], path: str) -> dict[str, Value]:
+    """The tensors without the `_orig_mod.` that torch.compile puts before the names of what it has compiled.
+
+    All other wrappers' names (`module.`, `model.`) stand before the whole tower: see `tower_prefix`.
+    """
+    plain = {name.replace("_orig_mod.", ""): value for name, value in loaders.items()}
+    if len(plain) < len(loaders):
+        raise InputError(f"`{path}`: tensors both with and without `_orig_mod.`; save one state dict of one model")
+    return plain
+
+
+def tower_prefix(names: Iterable[str], marker: str, path: str, kind: str = "image") -> str | None:
+    """What stands before `marker` (a tensor that the tower alone has), or None where it is not there."""
     prefixes = sorted({name.removesuffix(marker) for name in names if name == marker or name.endswith(f".{marker}")})
     if len(prefixes) > 1:
         raise InputError(
-            f"`{path}`: {len(prefixes)} image towers in one file, at {', '.join(map(repr, prefixes[:4]))}; expected "
+            f"`{path}`: {len(prefixes)} {kind} towers in one file, at {', '.join(map(repr, prefixes[:4]))}; expected "
             "one; save the one that is meant as a file of its own"
         )
     return prefixes[0] if prefixes else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,8 @@ from adaptive_merge.weights.files import open_entries
 from adaptive_merge.weights.folders import read_json
 from adaptive_merge.weights.manifest import whole
 from adaptive_merge.weights.open_clip import OpenClip
-from adaptive_merge.weights.open_clip_names import BLOCK
+from adaptive_merge.weights.open_clip_names import BLOCK, tower_prefix, unwrapped
+from adaptive_merge.weights.reader import Loader
 from adaptive_merge.weights.sources import locate, reader_of
 
 __all__ = ["TextTower", "read_text_tower"]
@@ -52,11 +53,10 @@ def read_text_tower(source: str) -> TextTower:
     """
     path, _ = locate(source)
     reader = reader_of(path)
-    tensors: dict[str, Tensor] = {}
+    loaders: dict[str, Loader] = {}
     for file in reader.files(path):
-        loaders, _, _ = open_entries(file)
-        names = [name for name in loaders if not name.startswith("visual.") and ".visual." not in name]
-        tensors |= {name.removeprefix("module."): loaders[name]().float() for name in names}
+        loaders |= open_entries(file)[0]
+    tensors = _select(unwrapped(loaders, source), source)
     config = _config(tensors, source)
     if isinstance(reader, OpenClip):
         folder = path if path.is_dir() else path.parent
@@ -76,6 +76,15 @@ def _stated(path: Path) -> dict[str, Any]:
     model = read_json(path).get("model_cfg")
     stated = model.get("text_cfg") if isinstance(model, dict) else None
     return stated if isinstance(stated, dict) else {}
+
+
+def _select(loaders: Mapping[str, Loader], source: str) -> dict[str, Tensor]:
+    """What lies beside the embedding of the tokens, wherever the tower is, and the scale, which may be further out."""
+    prefix = tower_prefix(loaders, "token_embedding.weight", source, "text") or ""
+    names = {name: name.removeprefix(prefix) for name in loaders if name.startswith(prefix)}
+    scale = f"{prefix.removesuffix('text.')}logit_scale"
+    names |= {scale: "logit_scale"} if scale in loaders else {}
+    return {inner: loaders[name]().float() for name, inner in names.items() if not inner.startswith("visual.")}
 
 
 _REMEDY: Final = (

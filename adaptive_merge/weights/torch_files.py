@@ -10,6 +10,7 @@ import io
 import math
 import mmap
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, Literal
@@ -39,6 +40,7 @@ class TorchFile:
     Args:
         root: what was saved, as stubs and records.
         places: storage key → (first byte, bytes) in `buffer`.
+        sums: storage key → CRC-32 of its bytes, where the container has one.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class TorchFile:
     root: Any
     buffer: mmap.mmap = field(repr=False)
     places: dict[str, tuple[int, int]] = field(repr=False)
+    sums: dict[str, int] = field(default_factory=dict, repr=False)
     _given: list[int] = field(default_factory=lambda: [0], repr=False)  # bytes of all tensors that were asked for
 
     def tensor(self, record: TensorRecord, name: str) -> Tensor:
@@ -82,6 +85,8 @@ class TorchFile:
                 f"`{self.path}`: storage of `{name}` should have {storage.numel:.3g} numbers of {storage.dtype}, "
                 f"found {stored}; refused before allocation, get the file from its source again"
             )
+        if (expected := self.sums.pop(storage.key or "", None)) is not None:  # once, before it is first used
+            _check_sum(self.path, f"storage of `{name}`", self.buffer, (start, size), expected)
         return _from_bytes(self.buffer, storage.dtype, storage.numel, start)
 
 
@@ -128,10 +133,26 @@ def _open_zip(path: Path, buffer: mmap.mmap) -> TorchFile:
         raise InputError(
             f"`{path}`: refused, `data.pkl` has {places['data.pkl'][1]} bytes, expected at most {PICKLE_BYTES}"
         )
+    # `set_crc32_options(False)` leaves all of them 0.
+    stored = {member.filename: member.CRC for member in members} if any(member.CRC for member in members) else {}
+    sums = {name: stored[prefix + name] for name in places if prefix + name in stored}
+    if "data.pkl" in sums:
+        _check_sum(path, "`data.pkl`", buffer, places["data.pkl"], sums["data.pkl"])
     root = read_pickle_stream(io.BytesIO(_bytes(buffer, places["data.pkl"])), f"`{path}`")
     data = {name.removeprefix("data/"): place for name, place in places.items() if name.startswith("data/")}
     script = f"{prefix}constants.pkl" in names
-    return TorchFile(path, "TorchScript" if script else "zip", root, buffer, data)
+    data_sums = {name.removeprefix("data/"): value for name, value in sums.items() if name.startswith("data/")}
+    return TorchFile(path, "TorchScript" if script else "zip", root, buffer, data, data_sums)
+
+
+def _check_sum(path: Path, what: str, buffer: mmap.mmap, place: tuple[int, int], expected: int) -> None:
+    start, size = place
+    with memoryview(buffer) as whole:
+        intact = zlib.crc32(whole[start : start + size]) == expected
+    if not intact:
+        raise InputError(
+            f"`{path}`: {what}: its bytes do not match the zip's CRC-32; the file is damaged, copy or download it again"
+        )
 
 
 def _directory_bytes(buffer: mmap.mmap) -> int:
