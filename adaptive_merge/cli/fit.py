@@ -83,8 +83,8 @@ class AdaptiveMergeCLI(LightningCLI):
             path = self.settings.ckpt_path if self._undo else None
             if path and restoring(error):
                 raise InputError(
-                    f"{path}: this run cannot go on from it ({type(error).__name__}: {error}); the file is damaged or of "
-                    "another program: give a last.ckpt of these settings, or start anew (--run.if_exists overwrite)"
+                    f"{path}: this run cannot go on from it ({type(error).__name__}: {error}); the file is damaged or "
+                    "of another program: give a last.ckpt of these settings, or start anew (--run.if_exists overwrite)"
                 ) from error
             raise
 
