@@ -55,9 +55,13 @@ def load_run_and_data(*sources: str) -> tuple[AdaptiveMerge, TaskStream]:
     module, stream = _build([settings], layer.name)
     if module.start is not None:
         module.go_on_from(load_begun(folder / FILE, module.experts))
-    checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
     module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise InputError(f"{path}: does not fit the run's config.yaml ({error}); restore both files") from error
     return module, stream
 
 

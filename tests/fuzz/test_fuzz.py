@@ -113,21 +113,11 @@ def same(value, clean) -> bool:
 def alone(what: str, file: str) -> list[str]:
     """The same input in a process of its own, as a user would meet it."""
     top = Path(file).parts[0]
-    command = (
-        ["fit", "--config", file]
-        if file.endswith(".yaml")
-        else ["data", "check", top]
-        if "suite" in top
-        else ["inspect", top]
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "adaptive_merge", *command, "--run.root=alone"][: 4 + len(command)]
-        if command[0] == "fit"
-        else [sys.executable, "-m", "adaptive_merge", *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = ["data", "check", top] if Path(top, "suite.json").exists() else ["inspect", top]
+    if file == "config.yaml":
+        command = ["fit", "--config", file, "--run.root=alone"]
+    command = [sys.executable, "-m", "adaptive_merge", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     shutil.rmtree("alone", ignore_errors=True)
     good = done.returncode in (0, 2, 3) and "Traceback" not in done.stderr
     return [] if good else [f"{what}, alone: exit code {done.returncode}, {done.stderr[-300:]}"]
@@ -136,7 +126,8 @@ def alone(what: str, file: str) -> list[str]:
 def judge(counts, wrong, longest, record_property) -> None:
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     record_property("outcomes, longest s, peak MiB", str((dict(counts), round(longest, 1), peak >> 20)))
-    print(f"\n{sum(counts.values())} inputs: {dict(counts)}; longest {longest:.1f} s, peak {peak >> 20} MiB")
+    figures = f"{sum(counts.values())} inputs: {dict(counts)}; longest {longest:.1f} s, peak {peak >> 20} MiB"
+    sys.stdout.write(f"\n{figures}\n")
     assert not wrong, f"{len(wrong)} of {sum(counts.values())}:\n" + "\n".join(wrong[:40])
     assert peak < MEMORY
     assert counts["refused"] > 0.3 * sum(counts.values())
