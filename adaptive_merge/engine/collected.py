@@ -37,7 +37,7 @@ class Collected:
                 if before is not None:
                     self._scale((before - exponent).exp())
             loss = (exponent - self._peak).exp() * loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def divide(self, log_sum: Tensor, tasks: int) -> None:
         """Weigh by softmax(z) / tasks what was weighed by exp(z − largest z); `log_sum` is log Σ exp(z)."""
