@@ -27,6 +27,7 @@ from adaptive_merge.data import TaskStream
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
+from adaptive_merge.runs.backdoor import attack_success
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
 from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run
@@ -259,6 +260,8 @@ class AdaptiveMergeCLI(LightningCLI):
             seconds=seconds,
             guard=guard.record() if guard else None,
         )
+        if trigger := self.config_init[self.subcommand].suite.trigger:
+            results["backdoor"] = attack_success(self.model, self.datamodule, trigger)
         publish(results, self.folder)
         if self.trainer.is_global_zero and self.settings.run.report:
             from adaptive_merge.report.html import report_run  # here, because matplotlib takes a second to import

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.data.images import Images
 from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.data.trigger import Trigger
 from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["Experts", "Suite"]
@@ -25,6 +26,7 @@ class Suite:
         backbone: the encoder's structure, carrying `image_mean` and `image_std`.
         heads: task → frozen classifier weight [C, d], or another `Head`.
         images: task → test images.
+        trigger: of the backdoor that one of the experts is known to have.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Suite:
     backbone: nn.Module
     heads: Mapping[str, HeadLike]
     images: Mapping[str, Images]
+    trigger: Trigger | None = None
 
     @property
     def data(self) -> TaskStream:
