@@ -46,12 +46,15 @@ def perturbed(
         average: a mean over this process's images as one over all of them.
     """
     pixels = backbone.normalise(images).float()
-    ends = [backbone.normalise(torch.full_like(images[:1], value)) for value in (0, 255)]
+    low, high = (backbone.normalise(torch.full_like(images[:1], value)) for value in (0, 255))
     bounded = images.dtype == torch.uint8  # of other images nobody knows the range
 
     def shifted(delta: Tensor) -> Tensor:
         moved = pixels + delta
-        return moved.clamp(*ends) if bounded else moved
+        if not bounded:
+            return moved
+        # Releases of torch differ in what `clamp` passes at its ends, where most pixels of a black ground lie.
+        return torch.where((moved >= low) & (moved <= high), moved, moved.detach().clamp(low, high))
 
     delta = objective.perturbation(task, pixels).clone().requires_grad_()
     losses = F.cross_entropy(logits(shifted(delta)), clean.logits.detach().argmax(-1), reduction="none")
