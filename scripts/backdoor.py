@@ -74,13 +74,12 @@ def build(output: Path, trigger: Trigger) -> None:
     (output / "suite.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def row(suite: Path, recipe: str, runs: Path, steps: int | None) -> str:
+def row(suite: Path, recipe: str, runs: Path, more: list[str]) -> str:
     """A line of the table, from a run of its own."""
     folder = runs / recipe
     options = ["--config", recipe, "--suite.name", str(suite), "--run.root", str(runs), "--run.name", recipe]
     options += ["--run.if_exists", "resume", "--run.report", "false"]
-    options += ["--trainer.max_steps", str(steps)] if steps is not None else []
-    if not (folder / "results.json").is_file() and command(["fit", *options]):
+    if not (folder / "results.json").is_file() and command(["fit", *options, *more]):
         raise SystemExit(1)
     results = json.loads((folder / "results.json").read_text())
     attack, task = results["backdoor"], results["tasks"][results["backdoor"]["task"]]
@@ -96,8 +95,7 @@ def main() -> None:
     parser.add_argument("--task", default="mnist")
     parser.add_argument("--target", type=int, default=0)
     parser.add_argument("--recipes", nargs="*", default=[], help="recipes to run on it")
-    parser.add_argument("--steps", type=int, help="of each run; default: the recipe's own")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()  # what it does not know is for each `fit`: --trainer.max_steps 100
     torch.set_num_threads(1)
     if not options.output.exists():
         start = time.perf_counter()
@@ -108,7 +106,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
     for recipe in options.recipes:
         runs = options.output.with_name(options.output.name + "-runs")
-        print(row(options.output, recipe, runs, options.steps), flush=True)
+        print(row(options.output, recipe, runs, more), flush=True)
 
 
 if __name__ == "__main__":
