@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 
 from adaptive_merge import __version__
+from adaptive_merge.cli.door import REPORT, message_of
 from adaptive_merge.cli.table import command, overview
-from adaptive_merge.errors import EXIT_USAGE, AdaptiveMergeError, InputError
+from adaptive_merge.errors import EXIT_USAGE, InputError, printable, shorten
 
 __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 the user has to mend something."""
+    """Run the command line; returns the exit code: 0 done, 2 the user has to mend something.
+
+    A fault of this program is raised as it is, with a note that asks for a report.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] in (["--version"], ["-h"], ["--help"]):
         sys.stdout.write(f"adaptive-merge {__version__}\n" if arguments[0] == "--version" else overview())
@@ -22,10 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
         arguments.remove("--debug")
     try:
         _run(arguments)
-    except AdaptiveMergeError as error:
+    except Exception as error:
         if debug:
             raise
-        sys.stderr.write(f"adaptive-merge: {error}\n")
+        message = message_of(error)
+        if message is None:
+            error.add_note(REPORT)
+            raise
+        sys.stderr.write(f"adaptive-merge: {shorten(printable(message))}\n")
         return getattr(error, "exit_code", EXIT_USAGE)
     return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = [
     *("AdaptiveMergeError", "InputError", "MissingFileError"),
-    *("check_normalisation", "check_number", "did_you_mean"),
+    *("check_normalisation", "check_number", "did_you_mean", "printable", "shorten"),
 ]
 
 EXIT_USAGE = 2
@@ -54,6 +54,16 @@ def check_normalisation(source: str, mean: Any, std: Any) -> None:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of an error message: the nearest known names, or all of them where they are few."""
-    known = list(known)
+    known, name = list(known), name[:100]  # comparing takes the square of the length
     near = difflib.get_close_matches(name, known, n=3) or (known if len(known) <= 12 else [])
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out, so that no name from a file steers the terminal that shows it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shorten(text: str, longest: int = 4000) -> str:
+    """The text without its middle, where it is longer: what it quotes may be a file."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 :]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,12 +56,13 @@ def save_json(path: str | Path, content: Any) -> None:
     save_text(path, strict_json(content, indent=2) + "\n")
 
 
-def strict_json(content: Any, indent: int | None = None) -> str:
-    """JSON as its standard has it: numbers that are not finite, which it has not, are null."""
+def strict_json(content: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON as its standard has it: numbers that are not finite, which it has not, are null; `default` as in `json`."""
     try:
-        return json.dumps(content, indent=indent, allow_nan=False)
+        return json.dumps(content, indent=indent, allow_nan=False, default=default)
     except ValueError:
-        return json.dumps(_without_nan(json.loads(json.dumps(content))), indent=indent, allow_nan=False)
+        plain = _without_nan(json.loads(json.dumps(content, default=default)))
+        return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def _without_nan(value: Any) -> Any:

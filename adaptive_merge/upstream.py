@@ -7,6 +7,7 @@ the first to fail where a library changes one of these.
 from __future__ import annotations
 
 import argparse
+import pickle  # noqa: S403
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +17,17 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
     from pytorch_lightning.loggers import WandbLogger
     from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 __all__ = [
     "OVERRIDDEN",
+    "PythonUnpickler",
     "add_ddp_options",
     "bound_timeout",
     "is_offline",
+    "keep_samplers",
     "labelled_files",
     "options_of",
     "redirect",
@@ -39,6 +43,11 @@ OVERRIDDEN: Final[dict[str, tuple[str, ...]]] = {
     # Lightning 2.6, the command line: a checkpoint does not choose the configuration; a grid builds and runs nothing.
     "pytorch_lightning.cli.LightningCLI": ("_parse_ckpt_path", "_set_seed", "_run_subcommand"),
 }
+
+
+# The unpickler that is written in Python (3.11 to 3.14): its `dispatch`, opcode → method, lets a subclass look at the
+# `stack` before an opcode takes from it.
+PythonUnpickler = pickle._Unpickler  # type: ignore[attr-defined]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -69,6 +78,11 @@ def add_ddp_options(strategy: DDPStrategy, options: Mapping[str, Any]) -> None:
 def options_of(parser: argparse.ArgumentParser) -> list[str]:
     """Every option that a parser knows, such as `--trainer.max_steps` (argparse; no getter)."""
     return list(parser._option_string_actions)
+
+
+def keep_samplers(trainer: Trainer) -> None:
+    """Let the trainer take loaders as they are, whatever `use_distributed_sampler` says (Lightning 2.6; no setter)."""
+    trainer._accelerator_connector.use_distributed_sampler = False
 
 
 def wandb_options(logger: WandbLogger) -> dict[str, Any]:

@@ -49,12 +49,14 @@ REFERENCES = {"pretrained": ("pre-trained", 48.0), "individual": ("individual ex
 
 QUICK_DIAGNOSTICS = '[{"class_path": "adaptive_merge.callbacks.Diagnostics", "init_args": {"cross": false}}]'
 
+UNSEEN = ("digits", "thai")
+
 # Protocol → what it adds to the command line.
 PROTOCOLS: dict[str, list[str]] = {
     "transductive": [],
     "holdout": ["--data.protocol", "Holdout"],
     "online": ["--data.protocol", "Online", "--data.images_per_task", "4"],
-    "unseen": ["--data.protocol", "Unseen", "--data.protocol.tasks", "[digits,thai]"],
+    "unseen": ["--data.protocol", "Unseen", "--data.protocol.tasks", f"[{','.join(UNSEEN)}]"],
     "corrupted": ["--data.corruption", "Corruption", "--data.corruption.kind", "impulse_noise"]
     + ["--data.corruption.severity", "2"],
 }
@@ -116,7 +118,6 @@ def row(protocol: str, method: str) -> str | None:
         for result in results
         for row in result["tasks"].values()
     )
-    seconds = statistics.median(result["seconds"]["adapt"] for result in results)
     steps, published = results[0]["steps"], PUBLISHED.get(method)
     stopped = sum(bool(result["guard"].get("stopped")) for result in results)
     cells = [
@@ -126,15 +127,40 @@ def row(protocol: str, method: str) -> str | None:
         f"{worst:+.1f}",
         f"{statistics.mean(ece(result, 'adapted') for result in results):.1f}",
         str(len(results)),
+        f"{images(results):,}",
+        f"{draws(protocol, method, results[0]):,}",
         f"{steps:,}",
         f"{results[0]['trainable_parameters']:,}" if steps else "0",
-        f"{seconds:.0f}" if steps else "0",
+        f"{statistics.median(map(seconds, results)):.0f}",
     ]
     if protocol == "transductive":
         cells.append(f"{published:.1f}" if published else "–")
     if protocol == "unseen":
         cells.insert(2, spread([100 * result["unseen"]["average"]["adapted"] for result in results]))
     return "| " + " | ".join(cells) + " |"
+
+
+def images(results: list[dict]) -> int:
+    """How many different images of all tasks a run adapts on, those of its start included."""
+    return round(statistics.mean(sum(result["protocol"]["adapted_on"].values()) for result in results))
+
+
+def draws(protocol: str, method: str, result: dict) -> int:
+    """How many images the steps are shown, repeats counted."""
+    if protocol == "online":
+        return images([result]) if result["steps"] else 0
+    data = yaml.safe_load((CONFIGS / f"{method}.yaml").read_text()).get("data", {})
+    tasks = (
+        1 if data.get("schedule") == "shuffled" else len(result["tasks"]) - len(UNSEEN if protocol == "unseen" else ())
+    )
+    return result["steps"] * data.get("images_per_task", 16) * tasks
+
+
+def seconds(result: dict) -> float:
+    """CPU seconds of steps and start; a transform is solved while the experts load."""
+    if result["steps"]:
+        return result["seconds"]["adapt"]
+    return result["start"]["seconds"] if "start" in result else 0.0
 
 
 def spread(values: list[float]) -> str:
@@ -161,7 +187,17 @@ def table(protocol: str) -> str:
     known = load(protocol, "task_arithmetic")
     if not known:
         return between(protocol).strip()
-    head = ["method", "mean accuracy, %", "gap closed", "worst task vs its merge", "ECE", "seeds", "steps"]
+    head = [
+        "method",
+        "mean accuracy, %",
+        "gap closed",
+        "worst task vs its merge",
+        "ECE",
+        "seeds",
+        "images",
+        "draws",
+        "steps",
+    ]
     head += ["learned numbers", "seconds"] + (["published, ViT-B/32"] if protocol == "transductive" else [])
     if protocol == "unseen":
         head.insert(2, "unseen tasks, %")

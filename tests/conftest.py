@@ -18,6 +18,12 @@ torch.set_num_threads(1)
 TASKS = {"red": 3, "green": 5, "blue": 2}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seed", type=int, default=0, help="of `-m fuzz`: which mutated files there are")
+    parser.addoption("--fuzz-minutes", type=float, default=10.0, help="of `-m fuzz`: how long it goes on")
+    parser.addoption("--fuzz-inputs", type=int, default=10**9, help="of `-m fuzz`: how many files at most")
+
+
 class Toy(nn.Module):
     """Two blocks between a stem and a projection: images [B, 3, 4, 4] → features [B, 6]."""
 

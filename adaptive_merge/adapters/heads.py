@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from torchmetrics import Metric
 
 from adaptive_merge.errors import InputError
 
-__all__ = ["Accuracy", "CosineHead", "Head", "HeadLike", "LinearHead", "check_width", "frozen_heads"]
+__all__ = ["Accuracy", "CosineHead", "Head", "HeadLike", "LinearHead", "check_width", "frozen_heads", "warn_of_scales"]
+
+_LOG = logging.getLogger(__name__)
+CLIP_SCALE: Final = 100.0
+_FAR: Final = 10  # times shorter or longer: the scale starts at 1/0.07 and is held below 100
 
 
 class Head(nn.Module, ABC):
@@ -187,6 +192,20 @@ def check_width(task: str, head: Head, width: int) -> None:
             f"the head of task {task!r} has shape {(head.classes, head.width)}, expected [classes, {width}]: the "
             f"backbone gives {width} features; {_remedy(head, width)}"
         )
+
+
+def warn_of_scales(heads: Mapping[str, Head]) -> None:
+    """Tell of cosine heads whose rows are not as long as a logit scale: certainty means nothing with them."""
+    for task, head in heads.items():
+        length = float(head.weight.norm(dim=-1).median()) if isinstance(head, CosineHead) else CLIP_SCALE
+        if not CLIP_SCALE / _FAR <= length <= CLIP_SCALE * _FAR:
+            _LOG.warning(
+                "the head of task %r has rows of length %.3g; those of CLIP's heads have %g, the logit scale times a "
+                "class embedding of unit length. Entropy and agreement go by it: multiply the weight by the scale",
+                task,
+                length,
+                CLIP_SCALE,
+            )
 
 
 def _width(heads: Sequence[Head]) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 
 from jsonargparse import set_parsing_settings
 
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import AdaptiveMergeError, InputError
 
 __all__ = ["ALLOWED", "OPTION", "VARIABLE", "open_packages", "restrict_imports"]
 
@@ -35,7 +36,8 @@ def restrict_imports(arguments: Sequence[str]) -> list[str]:
     """From here on, class paths and callables in configurations are of this package and Lightning's parts only.
 
     jsonargparse then refuses any other path before it imports the module. `--allow-import PACKAGE`, which may be
-    repeated, and a comma-separated list in ADAPTIVE_MERGE_ALLOW add to them.
+    repeated, and a comma-separated list in ADAPTIVE_MERGE_ALLOW add to them; these packages are imported at once, so
+    that what registers itself, such as a `Reader` of weights, is known.
 
     Args:
         arguments: of the command line.
@@ -43,8 +45,8 @@ def restrict_imports(arguments: Sequence[str]) -> list[str]:
     Returns:
         The arguments without the option.
     """
-    rest, opened = _take(arguments)
-    opened += [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    rest, named = _take(arguments)
+    opened = named + [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     for name in opened:
         if not all(part.isidentifier() for part in name.split(".")):
             raise InputError(f"{OPTION} {name!r}: give the name of a package, such as my_methods")
@@ -56,7 +58,24 @@ def restrict_imports(arguments: Sequence[str]) -> list[str]:
         raise InputError(f"{OPTION}: {error}") from error
     _ever_opened.update(opened)
     _open[:] = opened
+    for name in opened:
+        _import(name, name in named)
     return rest
+
+
+def _import(name: str, needed: bool) -> None:
+    """Import what was opened; the variable may name packages that are not on every machine."""
+    try:
+        importlib.import_module(name)
+    except AdaptiveMergeError:
+        raise
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and name.startswith(f"{error.name}") and not needed:
+            return
+        raise InputError(
+            f"{OPTION} {name}: cannot be imported ({type(error).__name__}: {error}); a module of the working directory "
+            "is found with PYTHONPATH=. in front of the command"
+        ) from error
 
 
 def open_packages() -> list[str]:

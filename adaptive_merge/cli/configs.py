@@ -14,6 +14,7 @@ import yaml
 
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.files import shipped
+from adaptive_merge.limits import LimitError, parse_yaml, read_yaml
 
 __all__ = ["Layer", "find_config", "layered", "read_layers", "recipe_files", "suite_name"]
 
@@ -81,6 +82,9 @@ def layered(arguments: Sequence[str]) -> list[str]:
     layers = read_layers([arguments[place] for place in places], suites[-1] if suites else None)
     for place, layer in zip(places, layers):
         arguments[place] = layer.name
+    for argument in arguments:
+        if "&" in argument and "*" in argument:  # aliases, perhaps; the parser writes them out when it complains
+            _inline(argument.partition("=")[2] if argument.startswith("--") else argument)
     return arguments
 
 
@@ -91,20 +95,29 @@ def _apart(argument: str) -> list[str]:
 
 def _read(name: str) -> Layer:
     inline = _inline(name)
-    if inline is not None or "://" in name or name == "-":  # what only the parser reads
+    if inline is not None or name == "-":  # what only the parser reads
         return Layer(name, inline)
+    if "://" in name:
+        raise InputError(f"{name}: nothing is fetched from an address; download the configuration and give its path")
     path = find_config(name)
-    try:
-        return Layer(str(path), yaml.safe_load(path.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable as YAML ({error})") from error
+    settings = read_yaml(path)
+    names_settings = isinstance(settings, dict) and all(isinstance(key, str) for key in settings)
+    if not names_settings or all(value is None for value in settings.values()):
+        raise InputError(f"{path}: not a configuration of this program; it holds no settings")
+    if not isinstance(settings.get(_BY_SUITE, {}), dict):
+        raise InputError(f"{path}: {_BY_SUITE}: expected a part of a suite's name → settings")
+    return Layer(str(path), settings)
 
 
 def _inline(text: str) -> dict[str, Any] | None:
     """The settings that a text is, where it is not a name."""
+    if not any(mark in text for mark in ":{\n"):  # a name
+        return None
     try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError:
+        settings = parse_yaml(text, f"{text:.40}")
+    except LimitError:
+        raise
+    except InputError:
         return None
     return settings if isinstance(settings, dict) else None
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from adaptive_merge.cli.configs import suite_name
 from adaptive_merge.cli.parser import Parser
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import InputError, printable
 from adaptive_merge.suites.check import check_suite
 
 __all__ = ["data"]
@@ -29,7 +29,13 @@ def data(arguments: list[str]) -> None:
     for row in found:
         counts = (f"{row.images:,}" if row.images else "", str(row.classes or ""))
         found_it = "no" if row.problem else "yes"
-        table.add_row(Text(row.task), found_it, *counts, Text(row.problem or ""), style="red" if row.problem else "")
+        table.add_row(
+            Text(printable(row.task)),
+            found_it,
+            *counts,
+            Text(printable(row.problem or "")),
+            style="red" if row.problem else "",
+        )
     Console().print(table)
     wrong = [row.task for row in found if row.problem]
     if wrong:

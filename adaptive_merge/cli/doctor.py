@@ -127,7 +127,8 @@ def _devices() -> str:
 def _wandb(environment: Mapping[str, str]) -> str:
     """The mode; whether there is a key is said, the key is not."""
     mode = environment.get("WANDB_MODE", "online")
-    file = Path(environment.get("NETRC", "~/.netrc")).expanduser()
+    # Where the user has no home (a container without an entry in passwd), `~` stays as it is.
+    file = Path(os.path.expanduser(environment.get("NETRC", "~/.netrc")))
     try:
         key = "WANDB_API_KEY" in environment or (file.is_file() and "wandb" in file.read_text(errors="replace"))
     except OSError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -22,6 +21,7 @@ from adaptive_merge.export.hub import check_repository, push
 from adaptive_merge.export.model import export_model
 from adaptive_merge.export.tall import export_tall, table
 from adaptive_merge.export.verify import IMAGES
+from adaptive_merge.limits import read_json
 from adaptive_merge.suites.clip_folder import KIND, read_clip_suite
 from adaptive_merge.suites.clip_suite import ClipSuite
 from adaptive_merge.suites.loading import folder_of, read_manifest
@@ -81,7 +81,7 @@ def _export(options: argparse.Namespace) -> str:
         task=options.task,
         text=options.text or (_text_of(suite) if options.format == "open_clip" else None),
         check=options.verify,
-        results=json.loads(results.read_text()) if results.is_file() else None,
+        results=read_json(results, strict=False) if results.is_file() else None,
         command=command,
         base_models=_hub_names(suite) if suite else (),
     )

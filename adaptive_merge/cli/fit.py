@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+import yaml
 from jsonargparse import Namespace, class_from_function
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -22,15 +23,17 @@ from adaptive_merge.callbacks.safe.ranks import RunStopped
 from adaptive_merge.callbacks.safe.safeguards import safeguards
 from adaptive_merge.cli.configs import layered
 from adaptive_merge.cli.hints import explain
+from adaptive_merge.cli.trainer import check_end, check_trainer, refusal, restoring
 from adaptive_merge.coefficients.files import save_coefficients
 from adaptive_merge.data import TaskStream
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import AdaptiveMergeError, InputError
+from adaptive_merge.limits import VALUES, check_names, check_nesting
 from adaptive_merge.runs.backdoor import attack_success
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
-from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run
+from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run, undoing
 from adaptive_merge.runs.log import RunLog
 from adaptive_merge.runs.results import evaluate, summary
 from adaptive_merge.suites import Suite, load_suite
@@ -48,6 +51,7 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
 }
 CHECKPOINT_EVERY = 50
+_LOAD = jsonargparse.get_loader("yaml")
 
 
 def run(arguments: list[str]) -> None:
@@ -70,7 +74,22 @@ class AdaptiveMergeCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: bool = True) -> None:
         _quiet()
-        self._run, self._parsers = run, []
+        _stay_local()
+        self._run, self._parsers, self._undo = run, [], None
+        try:
+            self._build(args, run)
+        except Exception as error:
+            if self._undo:
+                self._undo()
+            path = self.settings.ckpt_path if self._undo else None
+            if path and restoring(error):
+                raise InputError(
+                    f"{path}: this run cannot go on from it ({type(error).__name__}: {error}); the file is damaged or "
+                    "of another program: give a last.ckpt of these settings, or start anew (--run.if_exists overwrite)"
+                ) from error
+            raise
+
+    def _build(self, args: list[str], run: bool) -> None:
         super().__init__(
             AdaptiveMerge,
             TaskStream,
@@ -101,6 +120,11 @@ class AdaptiveMergeCLI(LightningCLI):
             options = {option for one in self._parsers for option in upstream.options_of(one)}
             raise InputError(explain(error, options)) from error
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        for room in ("suite", "model", "data", "trainer", "run"):
+            if not isinstance(settings[room], Namespace):
+                raise InputError(f"{room}: expected a mapping of settings, got {settings[room]!r:.60}")
+        if not 0 <= settings.seed_everything < 2**32:
+            raise InputError(f"--seed_everything {settings.seed_everything}: give a whole number from 0 to {2**32 - 1}")
         if settings.run.name:
             settings.run.name = settings.run.name.replace("{recipe}", settings.model.recipe)
 
@@ -170,11 +194,17 @@ class AdaptiveMergeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Point loggers and checkpoints at the run folder, after checking that nothing in it gets lost."""
+        settings = self.settings
+        if self.subcommand:
+            check_trainer(settings.trainer)
         if self.subcommand != "fit":
             return
-        settings = self.settings
         settings.weights_only = True
+        check_names(self.folder.parts[1:], "folder of a run", "--run.name")
         check_writable(self.folder)
+        if settings.model.cache:
+            check_writable(Path(settings.model.cache))
+        self._undo = undoing(self.folder)
         settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(self.folder)
         last = self.folder / "checkpoints" / "last.ckpt"
         if settings.run.if_exists == "resume" and last.is_file():
@@ -187,6 +217,18 @@ class AdaptiveMergeCLI(LightningCLI):
         elif settings.run.if_exists == "refuse" and not _lies_in(settings.ckpt_path, self.folder):
             refuse_run(self.folder)
         self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what the parts of a configuration refuse is said of their setting."""
+        try:
+            super().instantiate_classes()
+        except AdaptiveMergeError:
+            raise
+        except Exception as error:
+            message = refusal(error, self.settings)
+            if message is None:
+                raise
+            raise InputError(message) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer; for `fit` with a CSV log and the last checkpoint always on, beside what the user asks for."""
@@ -228,6 +270,7 @@ class AdaptiveMergeCLI(LightningCLI):
             found = read_checkpoint(self.settings.ckpt_path)
             identity.check(found, self.model.method, identity.of_data(self.datamodule))
         _ = self.datamodule.draws, self.datamodule.scored  # a protocol may not fit the data
+        check_end(self.settings.trainer, endless=not self.datamodule.draws.end)
         if any(isinstance(one, Guard) and one.select == "oracle" for one in self.trainer.callbacks):
             check_oracle(self.trainer, self.datamodule, endless=True)
         if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
@@ -259,8 +302,9 @@ class AdaptiveMergeCLI(LightningCLI):
             steps=self.trainer.global_step,
             seconds=seconds,
             guard=guard.record() if guard else None,
+            notes=self._get(self.config_init, "suite").notes,
         )
-        if trigger := self.config_init[self.subcommand].suite.trigger:
+        if trigger := self._get(self.config_init, "suite").trigger:
             results["backdoor"] = attack_success(self.model, self.datamodule, trigger)
         publish(results, self.folder)
         if self.trainer.is_global_zero and self.settings.run.report:
@@ -285,6 +329,21 @@ def _lies_in(path: str | None, folder: Path) -> bool:
     return path is not None and folder.resolve() in Path(path).resolve().parents
 
 
+def _stay_local() -> None:
+    """Settings are read from files and arguments, within limits; Lightning has switched on addresses of all kinds."""
+    jsonargparse.set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
+    jsonargparse.set_loader("yaml", _bounded, (yaml.YAMLError, ValueError, RecursionError))
+
+
+def _bounded(text: str) -> Any:
+    """A value of the command line, or a file that a configuration names."""
+    if text.count("[") + text.count("{") > VALUES:
+        raise InputError("refused, a setting of too many parts")
+    content = _LOAD(text)
+    check_nesting(content, "a setting")
+    return content
+
+
 def _quiet() -> None:
     """Lightning's hints that do not apply here: loaders are deliberate, and tips are not for logs."""
     for message in (
@@ -293,6 +352,7 @@ def _quiet() -> None:
         ".*isinstance.treespec.*",
         ".*you have set.*max_epochs.*",
         ".*Checkpoint directory.*exists and is not empty.*",
+        ".*sync_dist=True.*",  # metrics are of the whole batch already: the engine averages what it logs
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

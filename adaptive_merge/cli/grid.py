@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from adaptive_merge.cli.fit import AdaptiveMergeCLI
-from adaptive_merge.errors import InputError
+from adaptive_merge.errors import AdaptiveMergeError, InputError
+from adaptive_merge.limits import parse_yaml, read_yaml
 from adaptive_merge.privacy import scrub
 from adaptive_merge.runs.checkpoint_io import check_writable
 from adaptive_merge.runs.folder import RUN_FILES
@@ -73,9 +72,9 @@ def parse_grid(varied: Sequence[str]) -> Grid:
         if key in grid:
             raise InputError(f"--vary {key} is there twice; give all its values at once: --vary {key}=A,B,...")
         try:
-            values = yaml.safe_load(f"[{listed}]")
+            values = parse_yaml(f"[{listed}]", "--vary")
             json.dumps(values)  # dates and the like are no settings
-        except (yaml.YAMLError, TypeError) as error:
+        except (InputError, TypeError) as error:
             raise InputError(f"--vary {text}: the values are not YAML ({error}); quote strings") from error
         if not values or len({_text(value) for value in values}) < len(values):
             raise InputError(f"--vary {text}: give at least one value, and none twice")
@@ -137,9 +136,9 @@ def _finished(folder: Path, wanted: Mapping[str, Any]) -> bool:
     if not any((folder / name).exists() for name in RUN_FILES):
         return False
     try:
-        found = yaml.safe_load((folder / "config.yaml").read_text())
+        found = read_yaml(folder / "config.yaml")
         found = _flat(found if isinstance(found, dict) else {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except AdaptiveMergeError:
         found = {}
     asked = _flat(wanted)
     for key in dict.fromkeys((*asked, *found)):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.files import strict_json
+from adaptive_merge.limits import check_header, read_json
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.measures import measures
 from adaptive_merge.runs.reading import read_run
@@ -23,7 +24,7 @@ def inspect(arguments: list[str]) -> None:
     """Say what is in a run folder, a checkpoint, a bank of task vectors or a safetensors file."""
     parser = Parser("adaptive-merge inspect", description=inspect.__doc__)
     parser.add_argument("path", help="a run folder, a .ckpt or a .safetensors file")
-    write(strict_json(describe(parser.parse_args(arguments).path), indent=2))
+    write(strict_json(describe(parser.parse_args(arguments).path), indent=2, default=str))
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def _describe_run(folder: Path) -> dict[str, Any]:
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
     }
     if results.is_file():
-        content["results"] = json.loads(results.read_text())
+        content["results"] = read_json(results, strict=False)
         content |= _measured(folder)
     if checkpoint.is_file():
         content["checkpoint"] = _describe_checkpoint(checkpoint)
@@ -75,6 +76,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = {key: _plain(value) for key, value in (file.metadata() or {}).items()}

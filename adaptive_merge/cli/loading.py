@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pytorch_lightning.cli import LightningArgumentParser
 
-from adaptive_merge.cli.configs import read_layers
+from adaptive_merge.cli.configs import Layer, read_layers
 from adaptive_merge.cli.fit import AdaptiveMergeCLI
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.begin import FILE, load_begun
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.runs.checkpoint import read_checkpoint
 
 __all__ = ["SOURCES", "load_run", "load_run_and_data"]
@@ -22,6 +24,7 @@ SOURCES = (
     "ones override earlier ones (the merge that they start from)"
 )
 _PARTS = ("seed_everything", "suite", "model", "data")
+_OF_FIT = ("ckpt_path", "weights_only")  # which only `fit` itself takes
 
 
 def load_run(*sources: str) -> AdaptiveMerge:
@@ -40,33 +43,52 @@ def load_run_and_data(*sources: str) -> tuple[AdaptiveMerge, TaskStream]:
     """
     folder = Path(sources[0])
     if not folder.is_dir():
-        return _build(*sources)
+        layers = [_settings(layer) for layer in read_layers(sources)]
+        return _build(layers, " ".join(sources))
     if len(sources) > 1:
         raise InputError(f"{folder} is a run folder, which stands alone; leave out {' '.join(sources[1:])}")
     if not (folder / "config.yaml").is_file():
         raise MissingFileError(f"{folder / 'config.yaml'}: there is no such file; give a run folder or a configuration")
-    module, stream = _build(str(folder / "config.yaml"))
+    (layer,) = read_layers([str(folder / "config.yaml")])
+    # Of a run only what its module is made of: its loggers and callbacks need not be installed here.
+    settings = {key: value for key, value in _settings(layer).items() if key in _PARTS}
+    module, stream = _build([settings], layer.name)
     if module.start is not None:
         module.go_on_from(load_begun(folder / FILE, module.experts))
-    checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
     module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise InputError(f"{path}: does not fit the run's config.yaml ({error}); restore both files") from error
     return module, stream
 
 
-def _build(*configs: str) -> tuple[AdaptiveMerge, TaskStream]:
+def _build(layers: Sequence[dict[str, Any]], name: str) -> tuple[AdaptiveMerge, TaskStream]:
     arguments: list[str] = []
-    for layer in read_layers(configs):
-        arguments += ["--config", yaml.safe_dump(_parts(layer.name, layer.settings))]
+    for settings in layers:
+        of_ours = {key: value for key, value in settings.items() if key not in _OF_FIT}
+        arguments += ["--config", yaml.safe_dump(of_ours)]
     try:
-        cli = AdaptiveMergeCLI(args=[*arguments, "--suite.lazy=true"], run=False)
+        cli = _ModuleAlone(args=[*arguments, "--suite.lazy=true"], run=False)
     except TypeError as error:
-        raise InputError(f"{' '.join(configs)}: not a configuration of this program ({error})") from error
+        raise InputError(f"{name}: not a configuration of this program ({error})") from error
     return cli.model, cli.datamodule
 
 
-def _parts(name: str, settings: Any) -> dict[str, Any]:
-    """What the module is made of; trainer, callbacks and loggers are not asked for."""
-    if not isinstance(settings, dict):
-        raise InputError(f"{name}: not a configuration of this program; it holds no settings")
-    return {key: settings[key] for key in _PARTS if key in settings}
+class _ModuleAlone(AdaptiveMergeCLI):
+    """Parses all that `fit` parses, and makes the module of it; trainer, callbacks and loggers stay the defaults."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        super().parse_arguments(parser, args)
+        self.config.trainer = parser.get_defaults().trainer
+
+
+def _settings(layer: Layer) -> dict[str, Any]:
+    if not isinstance(layer.settings, dict) or not layer.settings:
+        raise InputError(f"{layer.name}: not a configuration of this program; it holds no settings")
+    known = (*_PARTS, *_OF_FIT, "trainer", "run")
+    for key in (str(key) for key in layer.settings if key not in known):  # an empty group the parser would let pass
+        raise InputError(f"{layer.name}: Option {key!r} is not accepted{did_you_mean(key, known)}")
+    return layer.settings

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from adaptive_merge.cli.loading import SOURCES, load_run
 from adaptive_merge.cli.parser import Parser, write
+from adaptive_merge.engine import identity
+from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_tensors
 
@@ -32,3 +35,15 @@ def merge(arguments: list[str]) -> None:
     tensors = module.merged_state_dict()
     save_tensors(options.output, tensors, metadata)
     write(f"wrote {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} entries, to {options.output}")
+    if len(module.model.adapters):
+        write(_left_out(module, options.source))
+
+
+def _left_out(module: AdaptiveMerge, sources: Sequence[str]) -> str:
+    """What the merged weights lack of the adapted model, and how it is had."""
+    kinds = ", ".join(dict.fromkeys(identity.kind(adapter) for adapter in module.model.adapters))
+    return (
+        f"left out: {kinds}, which the scores of the run count on. These are the weights that all tasks share; "
+        f"`adaptive-merge export {' '.join(sources)} --format safetensors --output FOLDER` writes the adapters beside "
+        "them, and with --task TASK a task's own model (--format onnx where adapters do not fold into weights)"
+    )

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.errors import InputError, did_you_mean, printable
 
 __all__ = ["Parser", "near_option", "write"]
 
@@ -32,5 +32,5 @@ def near_option(message: str, options: Any) -> str:
 
 
 def write(text: str) -> None:
-    """Print a line as it is: nothing in it is markup, nothing is wrapped."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a line as it is: nothing in it is markup, nothing is wrapped, nothing steers the terminal."""
+    Console().print(printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,9 @@ import importlib.util
 from pathlib import Path
 
 from adaptive_merge.cli.parser import Parser, write
+from adaptive_merge.errors import AdaptiveMergeError, InputError
 from adaptive_merge.report.html import write_report
+from adaptive_merge.runs.reading import read_run
 
 __all__ = ["report"]
 
@@ -27,5 +29,21 @@ def report(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
-    written = write_report(options.runs, options.output or folder / "report.html", options.tsne)
+    written = write_report(_readable(options.runs), options.output or folder / "report.html", options.tsne)
     write(f"wrote {written}")
+
+
+def _readable(folders: list[str]) -> list[str]:
+    """Of several folders those of finished runs; the others are named. One alone is left for the report to judge."""
+    if len(folders) == 1:
+        return folders
+    kept = []
+    for folder in folders:
+        try:
+            read_run(folder)
+            kept.append(folder)
+        except AdaptiveMergeError as error:
+            write(f"left out: {error}")
+    if not kept:
+        raise InputError(f"none of {len(folders)} folders holds a finished run")
+    return kept

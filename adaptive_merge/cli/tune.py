@@ -90,8 +90,7 @@ def _fit(arguments: Sequence[str], log: Path) -> int:
     What it says goes to a file, for it ends with accuracies, which nobody should see before the choice is made.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    opened = open_packages()
-    environment = os.environ | ({VARIABLE: ",".join(opened)} if opened else {})
+    environment = os.environ | _imports(open_packages())
     command = [sys.executable, "-m", "adaptive_merge", "fit", *arguments]
     with (
         log.open("w") as file,
@@ -102,6 +101,19 @@ def _fit(arguments: Sequence[str], log: Path) -> int:
         code = child.wait()
     # One that was told before it listened just ends; the grid ends all the same.
     return EXIT_TERMINATED if told and code != EXIT_REQUEUE else code
+
+
+def _imports(opened: Sequence[str]) -> dict[str, str]:
+    """Variables by which the child, and what it starts, import what this process does: not from the working directory.
+
+    `python -m` would put it first, and a `yaml.py` in it would be taken for the library.
+    """
+    package = str(Path(__file__).resolve().parents[2])
+    others = [path for path in sys.path[0 if sys.flags.safe_path else 1 :] if path]
+    found = [] if any(Path(path).resolve() == Path(package) for path in others) else [package]
+    found += [path for path in [os.environ.get("PYTHONPATH", "")] if path]
+    variables = {"PYTHONSAFEPATH": "1"} | ({VARIABLE: ",".join(opened)} if opened else {})
+    return variables | ({"PYTHONPATH": os.pathsep.join(found)} if found else {})
 
 
 @contextmanager

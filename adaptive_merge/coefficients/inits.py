@@ -71,6 +71,8 @@ def _squares(bank: TaskVectors, group_of: Sequence[int], groups: int) -> Tensor:
 
 def _shares(squares: Tensor, power: float) -> Tensor:
     """‖τₜ‖ᴾ over its sum along the tasks, from squares [T, G]; 1/T where no task has moved anything."""
-    sizes = torch.where(squares > 0, squares ** (power / 2), 0.0)
+    logs = (power / 2 * squares.double().log()).masked_fill(squares <= 0, -torch.inf)
+    # Relative to the largest, so that no power overflows.
+    sizes = squares if power == 2 else (logs - logs.amax(0)).exp()
     total = sizes.sum(0)
-    return torch.where(total > 0, sizes / total, 1 / len(squares))
+    return torch.where(total > 0, sizes / total, 1 / len(squares)).float()

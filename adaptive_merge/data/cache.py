@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from PIL import Image
+from rich.markup import escape
 from rich.progress import Progress
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transform
@@ -94,7 +95,7 @@ def _build(source: ImageSource, stem: Path, shape: tuple[int, ...], key: str, na
         done, digest = 0, _digest(pixels, 0)
     _LOG.info("task %s: decoding %d of %d images into %s", name, shape[0] - done, shape[0], stem.parent)
     with ThreadPoolExecutor(workers) as pool, Progress(transient=True, disable=not os.isatty(2)) as bar:
-        told = bar.add_task(f"decoding {name}", total=shape[0], completed=done)
+        told = bar.add_task(escape(f"decoding {name}"), total=shape[0], completed=done)
         for start in range(done, shape[0], _CHUNK):
             rows = range(start, min(start + _CHUNK, shape[0]))
             for row, image in zip(rows, pool.map(lambda index: _decoded(source, index, shape[1], name), rows)):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-__all__ = ["Draws", "Sampling", "Schedule", "StepSampler", "draw", "generator", "shuffled"]
+__all__ = ["Draws", "Sampling", "Schedule", "StepSampler", "chosen", "draw", "generator", "shuffled"]
 
 Sampling = Literal["fresh", "epoch"]
 Schedule = Literal["joint", "shuffled"]
@@ -41,6 +41,11 @@ def draw(size: int, batch: int, seed: int, task: str, step: int, sampling: Sampl
 def shuffled(tasks: tuple[str, ...], seed: int, round_: int) -> list[str]:
     """The tasks in the order of one round."""
     return [tasks[index] for index in generator(seed, "order of tasks", round_).permutation(len(tasks))]
+
+
+def chosen(pool: Tensor, count: int, seed: int, name: str) -> Tensor:
+    """At most `count` random images of a pool, in the order of the pool."""
+    return pool[torch.from_numpy(np.sort(generator(seed, name, 0).permutation(len(pool))[:count]))]
 
 
 def generator(seed: int, name: str, counter: int) -> np.random.Generator:

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.limits import IMAGE_FORMATS, PIXELS, LimitError
 
 __all__ = [
     *("FileSource", "ImageSource", "TorchvisionSource"),
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
+_UNREADABLE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
 
@@ -62,13 +64,31 @@ class FileSource:
     def load(self, index: int) -> Image.Image:
         """Decode one file to RGB, as torchvision's loaders do; InputError names it where that fails."""
         path = self.files[index]
+        if path.exists() and not path.is_file():  # a FIFO would be waited for
+            raise InputError(f"`{path}`: not a regular file; replace or remove it")
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                check_pixels(image, path)
                 return eight_bit(image).convert("RGB")
         except FileNotFoundError as error:
             raise MissingFileError(f"`{path}`: the data set lists this image but it is not there") from error
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except LimitError:
+            raise
+        except (*_UNREADABLE, InputError) as error:
             raise InputError(f"`{path}`: not a readable image ({error}); replace or remove the file") from error
+
+
+def check_pixels(image: Image.Image, path: Path) -> None:
+    """LimitError, before it is decoded, where an image is larger than `PIXELS`, or would be once it is resized.
+
+    The shortest edge becomes as long as the model wants: of one pixel by a million, every pixel becomes a square.
+    """
+    short, long = sorted(image.size)
+    if short * long > PIXELS or (short and long // short > PIXELS // 1024**2):
+        raise LimitError(
+            f"`{path}`: refused, {image.size[0]:,} × {image.size[1]:,} pixels, expected at most {PIXELS:,} of them and "
+            f"sides of no more than 1 to {PIXELS // 1024**2}; remove or crop it"
+        )
 
 
 class TorchvisionSource:

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from adaptive_merge.data.corruptions import CorruptedImages, Corruption
 from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.protocols import Protocol, Transductive
-from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler
+from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler, chosen
 from adaptive_merge.errors import InputError
+from adaptive_merge.upstream import keep_samplers
 
 __all__ = ["Share", "TaskStream"]
 
@@ -43,6 +44,8 @@ class TaskStream(pl.LightningDataModule):
             of every W-th task (`"tasks"`), whose expert and adapters no other process then runs in a step.
         start_images: images of each task that a start is solved from, over all processes; of those that the protocol
             adapts on. In a single pass the first ones, which the merge before the start predicts.
+        probe_images: adapt on so many images of each task alone, drawn once from the run's seed among those that the
+            protocol adapts on; default: on all of these. Steps, starts and guards see no other image.
         eval_batch_size: images per evaluation batch and process.
         seed: of the stream; every draw is a function of it, the task and the step.
         num_workers: loader processes; batches of images in memory gain nothing from them.
@@ -58,16 +61,16 @@ class TaskStream(pl.LightningDataModule):
         corruption: Corruption | None = None,
         share: Share = "samples",
         start_images: int = 256,
+        probe_images: int | None = None,
         eval_batch_size: int = 256,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if min(images_per_task, start_images, eval_batch_size) < 1:
-            raise InputError(
-                f"batches need at least one image, got images_per_task={images_per_task}, "
-                f"start_images={start_images} and eval_batch_size={eval_batch_size}"
-            )
+        counts = {"images_per_task": images_per_task, "start_images": start_images, "eval_batch_size": eval_batch_size}
+        for name, count in (counts | ({} if probe_images is None else {"probe_images": probe_images})).items():
+            if count < 1:
+                raise InputError(f"a batch needs at least one image, got {name}={count}")
         for name, value, known in (
             ("sampling", sampling, ("fresh", "epoch")),
             ("schedule", schedule, ("joint", "shuffled")),
@@ -81,10 +84,12 @@ class TaskStream(pl.LightningDataModule):
             raise InputError("in a single pass tasks end before others, and their owner with them; share 'samples'")
         if not isinstance(images, Mapping):
             raise InputError(f"`images` are task → am.Images, got {type(images).__name__}")
+        if probe_images is not None and protocol and protocol.one_pass:
+            raise InputError("a single pass adapts on every image once; leave out probe_images")
         self.images = LazyImages({task: partial(_read, images, task, corruption) for task in images})
         self.images_per_task, self.sampling, self.schedule = images_per_task, sampling, schedule
         self.protocol, self.corruption, self.share = protocol or Transductive(), corruption, share
-        self.start_images, self.eval_batch_size = start_images, eval_batch_size
+        self.start_images, self.probe_images, self.eval_batch_size = start_images, probe_images, eval_batch_size
         self.seed, self.num_workers = seed, num_workers
         self.protocol.check(self.images)
 
@@ -93,6 +98,8 @@ class TaskStream(pl.LightningDataModule):
         """The images of each step, of all tasks that are adapted on."""
         tasks = [task for task in self.images if task not in self.protocol.unseen]
         pools = {task: self.protocol.adapted(task, len(self.images[task])) for task in tasks}
+        if self.probe_images is not None:
+            pools = {task: chosen(pool, self.probe_images, self.seed, f"probe {task}") for task, pool in pools.items()}
         settings = (self.images_per_task, self.seed, self.sampling, self.schedule, self.protocol.one_pass)
         return Draws(pools, *settings)
 
@@ -117,16 +124,21 @@ class TaskStream(pl.LightningDataModule):
                 yield index, self.images[task].take(index)
 
     def setup(self, stage: str) -> None:
-        """Where every image comes once, the run is as long as the pass."""
+        """Where every image comes once, the run is as long as the pass; shares are dealt out here alone."""
+        if self.trainer is not None:
+            keep_samplers(self.trainer)
         if stage == "fit" and self.draws.end and self.trainer.max_steps != 0:
             self.trainer.fit_loop.epoch_loop.max_steps = -(-self.draws.end // self._micro_steps())
 
     def train_dataloader(self) -> DataLoader:
         """Unlabelled steps, from the one that the trainer has reached; without end, but in a single pass."""
-        take = {task: self.images[task].take for task in self.draws.pools}
-        steps = _Steps(self.draws, take, *self._ranks(), self.share == "tasks")
         sampler = StepSampler(self._steps_taken, self.draws.end)
-        return DataLoader(steps, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+        return DataLoader(self._steps(), batch_size=None, sampler=sampler, num_workers=self.num_workers)
+
+    def taken(self) -> Iterator[dict[str, Tensor]]:
+        """This process's images, task → int64, of each step that the trainer has taken; none is read."""
+        steps = self._steps()
+        return (steps.share(step) for step in range(self._steps_taken()))
 
     def val_dataloader(self) -> list[DataLoader]:
         """One loader per task over this process's share of the scored images; nothing is padded or repeated."""
@@ -140,6 +152,10 @@ class TaskStream(pl.LightningDataModule):
     def predict_dataloader(self) -> list[DataLoader]:
         """The scored images, as for validation."""
         return self.val_dataloader()
+
+    def _steps(self) -> _Steps:
+        take = {task: self.images[task].take for task in self.draws.pools}
+        return _Steps(self.draws, take, *self._ranks(), self.share == "tasks")
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -171,8 +187,15 @@ class _Steps(Dataset):
     def __getitem__(self, step: int) -> dict[str, dict[str, Any]]:
         return {task: self._batch(task, index) for task, index in self.draws[step].items() if task in self.mine}
 
+    def share(self, step: int) -> dict[str, Tensor]:
+        """This process's images of a step."""
+        return {task: self._part(index) for task, index in self.draws[step].items() if task in self.mine}
+
+    def _part(self, whole: Tensor) -> Tensor:
+        return whole if self.owns else whole[self.rank :: self.world]
+
     def _batch(self, task: str, whole: Tensor) -> dict[str, Any]:
-        index = whole if self.owns else whole[self.rank :: self.world]
+        index = self._part(whole)
         weight = self.world * len(index) / len(whole)
         batch = {"image": self.take[task](index), "index": index}
         return batch if weight == 1 else batch | {"weight": weight}

@@ -63,6 +63,10 @@ class FrozenOutputs:
             table.write(position[missing], compute(missing.to(index.device)))
         return table.read(position).to(index.device)
 
+    def forget(self, kind: str) -> None:
+        """Start the tables of a kind anew when they are next asked for."""
+        self._tables = {key: table for key, table in self._tables.items() if key[1] != kind}
+
     def flush(self) -> None:
         """Make what was computed last: rows first, then the notes of which rows are there."""
         for table in self._tables.values():

@@ -129,6 +129,7 @@ def of_data(data: Any) -> Identity:
         "sampling": data.sampling,
         "schedule": data.schedule,
         "seed of the stream": int(data.seed),
+        **({} if data.probe_images is None else {"probe images": int(data.probe_images)}),
         **of_part("protocol", getattr(data, "protocol", None)),
         **of_part("corruption", getattr(data, "corruption", None)),
         **{f"images of task {task!r}": images.fingerprint for task, images in data.images.items()},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
-from adaptive_merge.adapters.heads import HeadLike, check_width, frozen_heads
+from adaptive_merge.adapters.heads import HeadLike, check_width, frozen_heads, warn_of_scales
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import Edit, MergedBackbone
@@ -47,6 +47,7 @@ class AdaptedModel(nn.Module):
         self.tasks = backbone.task_vectors.tasks
         # In a plain dict they are no submodules, so that no checkpoint holds them.
         self.heads = frozen_heads(heads, (*self.tasks, *unseen), getattr(backbone.skeleton, "output_dim", None))
+        warn_of_scales(self.heads)
         self.adapters: ListOf[Adapter] = ListOf(adapter.bind(backbone, self.heads) for adapter in adapters)
 
     def rebase(self, task_vectors: TaskVectors) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
@@ -23,10 +22,11 @@ from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.perturb import check_share
+from adaptive_merge.engine.replay import replay
 from adaptive_merge.engine.scored import ScoredModule
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
-from adaptive_merge.engine.strategy import bound_waiting, closing, one_epoch, suit_ddp
+from adaptive_merge.engine.strategy import announce, bound_waiting, closing, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError
@@ -174,13 +174,19 @@ class AdaptiveMerge(ScoredModule):
         """Logits [B, C] of the adapted model for images of one task."""
         return self.model(task, images).logits
 
+    def on_train_start(self) -> None:
+        """Say what learns. A resumed run hears again what frozen networks said before, batch for batch."""
+        announce(self.trainer, self.experts, self.learned, self._stream)
+        if self._stream and self.global_step:
+            replay(self, self._stream, self.enter)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update on unlabelled batches, task → {"image", "index"}, and "weight" where processes hold unequal parts.
 
         What the model said about the images, before it learns from them, is in `said`: task → logits [B, C].
         """
         check_batch(batch, self.tasks, self._owns_tasks())
-        objective = self._enter(self.stage)
+        objective = self.enter(self.stage)
 
         def expert(task: str) -> Prediction:
             return self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
@@ -199,12 +205,6 @@ class AdaptiveMerge(ScoredModule):
         self._nothing_kept &= bool(step.kept) and not any(step.kept.values())
         return loss
 
-    def on_train_start(self) -> None:
-        """Say what is merged and what learns; a stream without an end is one epoch."""
-        frozen = f"{len(self.tasks)} experts of {self.experts.layout.numel:,} parameters are merged, all frozen"
-        rank_zero_info(f"{frozen}; {sum(one.numel() for one in self.learned):,} parameters learn")
-        one_epoch(self.trainer, self._stream)
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Where no image was kept on any process: without gradients Adam leaves everything alone, moments included."""
         if self._nothing_kept:
@@ -217,10 +217,7 @@ class AdaptiveMerge(ScoredModule):
 
     def setup(self, stage: str) -> None:
         """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
-        stream = self._stream
-        if stream and set(stream.protocol.unseen) != set(self.unseen):
-            left_out = [list(stream.protocol.unseen), list(self.unseen)]
-            raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
+        self._check_stream()
         if stage == "fit":
             self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
         if self.start is not None and self.begun is None:
@@ -300,7 +297,8 @@ class AdaptiveMerge(ScoredModule):
         for stage, state in zip(self.stages, checkpoint.get("objectives", ())):
             stage.objective.load_state_dict(state)
 
-    def _enter(self, stage: Stage) -> Objective:
+    def enter(self, stage: Stage) -> Objective:
+        """Let learn what learns in a stage; its objective."""
         if len(self.stages) > 1:
             for parameter in self.rule_parameters:
                 parameter.requires_grad_(stage.learn != "adapters")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -19,6 +19,7 @@ from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
+from adaptive_merge.schedule import Stage
 
 __all__ = ["Measure", "ScoredModule"]
 
@@ -34,6 +35,7 @@ class ScoredModule(pl.LightningModule):
     views: FrozenViews
     scores: ListOf[TaskScore]
     begun: Begun | None
+    stages: Sequence[Stage]
     view: View = "adapted"
     _compares = False
 
@@ -135,6 +137,19 @@ class ScoredModule(pl.LightningModule):
         """The trainer's data module, where it is a stream of ours."""
         data = getattr(self._trainer, "datamodule", None)
         return data if isinstance(data, TaskStream) else None
+
+    def _check_stream(self) -> None:
+        """InputError where the stream does not fit what is merged, or what a step asks for."""
+        stream = self._stream
+        if stream and set(stream.protocol.unseen) != set(self.unseen):
+            left_out = [list(stream.protocol.unseen), list(self.unseen)]
+            raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
+        balanced = any(stage.objective.smooth_maximum is not None for stage in self.stages)
+        if stream and balanced and stream.schedule == "shuffled":
+            raise InputError(
+                "an objective that balances tasks needs all of them in a step, and a shuffled schedule has one task a "
+                "step; set data.schedule to joint"
+            )
 
     @property
     def _processes(self) -> int:

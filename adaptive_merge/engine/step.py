@@ -9,6 +9,9 @@ activations to those of one task: merged weights and all other trainables are us
 is back-propagated at once into them, and the step returns total + (dot − dot.detach()) with dot = Σ ⟨live, leaf.grad⟩.
 Its value is the loss; its single backward hands every collected gradient to the live parameters, so that automatic
 optimisation, clipping and DDP work unchanged and every trainable gets its gradient exactly once.
+
+Where the objective is a smooth maximum over tasks, α · log Σ exp(zₜ) with zₜ = ℓₜ / (T α), its gradient is that of
+Σ wₜ ℓₜ with wₜ = softmax(z)ₜ / T, of the losses over all processes; `per_task` sums it online, see `Collected`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from adaptive_merge.engine.collected import Collected
 from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.perturb import perturbed
 from adaptive_merge.objectives.base import Objective, Prediction
@@ -58,11 +62,14 @@ class Step:
     ) -> None:
         self.model, self.objective, self.batch = model, objective, batch
         self.expert, self.mean_over_ranks, self.owns = expert, mean_over_ranks, owns
+        self.alpha = objective.smooth_maximum
         self.logits: dict[str, Tensor] = {}
         """task → what the model says about its images before it learns from them."""
         self.entropies: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
         """task → share of its images that the objective keeps, where it filters."""
+        self.exponents: dict[str, Tensor] = {}
+        """task → z of its loss, where the objective is a smooth maximum over tasks."""
 
     def joint(self) -> Tensor:
         """All tasks' images in one forward of the shared tower; the merge is one node of the graph."""
@@ -71,7 +78,12 @@ class Step:
         images = torch.cat([part["image"] for part in self.batch.values()])
         features = self.model.shared_features(images).split([len(part["image"]) for part in self.batch.values()])
         pairs = zip(self.batch, features)
-        return torch.stack([self._loss(task, self.model(task, None, features=part)) for task, part in pairs]).sum()
+        losses = torch.stack([self._loss(task, self.model(task, None, features=part)) for task, part in pairs])
+        if self.alpha is None:
+            return losses.sum()
+        log_sum = self._log_sum()
+        total = ((torch.stack(list(self.exponents.values())) - log_sum).exp() / len(self.model.tasks) * losses).sum()
+        return total + (self.alpha * log_sum - total).detach()
 
     def per_task(self, features: Mapping[str, Tensor | None]) -> Tensor:
         """One task after the other: collect gradients in leaves, then inject them.
@@ -87,6 +99,7 @@ class Step:
         live = {f"adapters.{name}": value for name, value in model.adapters.named_parameters() if value.requires_grad}
         leaves = {name: parameter.detach().requires_grad_() for name, parameter in live.items()}
         total = torch.zeros((), device=model.backbone.device)
+        collected = Collected([*leaves.values(), *(weights.values() if rule.learns else ())])
         for task, part in self.batch.items():
             options: dict[str, Any] = {"weights": weights, "features": features.get(task)}
             options["blocks"] = self.objective.needs_blocks
@@ -95,8 +108,12 @@ class Step:
             if self.objective.perturbs:
                 prediction = replace(prediction, perturbed=self._perturbed(task, prediction, weights, leaves))
             loss = self._loss(task, prediction)
-            loss.backward()
+            collected.add(loss, self.exponents.get(task))
             total += loss.detach()
+        if self.alpha is not None:
+            log_sum = self._log_sum()
+            collected.divide(log_sum, len(model.tasks))
+            total = self.alpha * log_sum
         # What no task used keeps no gradient at all, so that Adam leaves it alone, momentum included.
         terms = [(live[name] * leaf.grad).sum() for name, leaf in leaves.items() if leaf.grad is not None]
         if rule.learns:
@@ -118,7 +135,8 @@ class Step:
     def _idle(self, joint: bool) -> Tensor:
         learning = [value for value in self.model.adapters.parameters() if value.requires_grad]
         zeros = [0.0 * value.sum() for value in learning]
-        return torch.stack([*zeros, self.model.backbone.idle(joint)]).sum()
+        idle = torch.stack([*zeros, self.model.backbone.idle(joint)]).sum()
+        return idle if self.alpha is None else idle + self.alpha * self._log_sum()
 
     def _loss(self, task: str, prediction: Prediction) -> Tensor:
         """The loss of a task, a scalar: the objective's mean over the units (images) of the task on all processes."""
@@ -130,11 +148,26 @@ class Step:
             mean = statistics.sum(0) / max(len(statistics), 1)
             prediction = replace(prediction, statistics=self._average(task, mean))
         losses = objective.losses(prediction, expert)
-        if not objective.filters:
-            return weight * _mean(losses)
-        keep = objective.keep(prediction, expert)
-        self.kept[task] = self._average(task, _mean(keep.float()))
-        return weight * _mean(losses.where(keep, 0.0)) / self.kept[task].clamp_min(1e-12)
+        if objective.filters:
+            keep = objective.keep(prediction, expert)
+            self.kept[task] = self._average(task, _mean(keep.float()))
+            loss = weight * _mean(losses.where(keep, 0.0)) / self.kept[task].clamp_min(1e-12)
+        else:
+            loss = weight * _mean(losses)
+        if self.alpha is not None:
+            whole = loss.detach() / weight if self.owns else self.mean_over_ranks(loss)
+            self.exponents[task] = whole / (len(self.model.tasks) * self.alpha)
+        return loss
+
+    def _log_sum(self) -> Tensor:
+        """log Σ exp(zₜ) over the tasks of all processes; all of them ask."""
+        exponents = self.exponents
+        if not self.owns:
+            return torch.stack(list(exponents.values())).logsumexp(0)
+        zero = torch.zeros((), device=self.model.backbone.device)
+        rows = [torch.stack([exponents.get(task, zero), zero + (task in exponents)]) for task in self.model.tasks]
+        values, owned = self.mean_over_ranks(torch.stack(rows)).unbind(1)  # each comes from one process
+        return (values / owned).logsumexp(0)
 
     def _average(self, task: str, mean: Tensor) -> Tensor:
         """A mean over this process's images of a task as one over all of them; a task's owner has them all."""

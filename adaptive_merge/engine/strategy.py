@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Final
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_info
+from torch import nn
 
 from adaptive_merge import upstream
+from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["PATIENCE", "bound_waiting", "closing", "one_epoch", "suit_ddp"]
+__all__ = ["PATIENCE", "announce", "bound_waiting", "closing", "suit_ddp"]
 
 PATIENCE: Final = timedelta(minutes=5)
 
@@ -37,10 +41,12 @@ def suit_ddp(trainer: pl.Trainer, partly_used: bool) -> None:
             trainer.strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
 
 
-def one_epoch(trainer: pl.Trainer, stream: object) -> None:
-    """A stream of ours is one epoch; call when training starts. Without a limit bars count to epoch -2."""
+def announce(trainer: pl.Trainer, experts: TaskVectors, learned: Sequence[nn.Parameter], stream: object) -> None:
+    """Say what is merged and what learns, and make a stream of ours one epoch; call when training starts."""
+    frozen = f"{len(experts.tasks)} experts of {experts.layout.numel:,} parameters, all frozen"
+    rank_zero_info(f"{frozen}; {sum(parameter.numel() for parameter in learned):,} parameters learn")
     if stream is not None and trainer.fit_loop.max_epochs == -1:
-        trainer.fit_loop.max_epochs = trainer.current_epoch + 1
+        trainer.fit_loop.max_epochs = trainer.current_epoch + 1  # without a limit its bars count to epoch -2
 
 
 class _CloseBank(pl.Callback):

@@ -83,7 +83,7 @@ class FrozenViews:
 
         Args:
             task: whose expert.
-            part: {"image", "index"} of the batch.
+            part: {"image", "index"} of the batch; without "image" they are read from the source where one is unknown.
             source: the data set that the indices point into (`Images`), or None: then nothing is kept.
             blocks: also its mean tokens after each block.
         """
@@ -110,10 +110,14 @@ class FrozenViews:
     ) -> Tensor:
         if source is None:
             return compute(part["image"])
+
+        def missing(places: Tensor) -> Tensor:
+            index = part["index"][places]
+            images = part["image"][places] if "image" in part else source.take(index.cpu()).to(index.device)
+            return compute(images)
+
         identity = identity | {"data": source.fingerprint}
-        return self.outputs.rows(
-            task, kind, identity, len(source), part["index"], lambda missing: compute(part["image"][missing])
-        )
+        return self.outputs.rows(task, kind, identity, len(source), part["index"], missing)
 
     def _expert_weights(self, task: str) -> Mapping[str, Tensor]:
         # Without transforms the merged bank is the experts' bank, and may be on the device already.

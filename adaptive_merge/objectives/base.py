@@ -53,6 +53,9 @@ class Objective(ABC):
     perturbs: bool = False
     """Whether it looks at `Prediction.perturbed`: the images under a perturbation of its own, one task at a time."""
 
+    smooth_maximum: float | None = None
+    """α, where a step asks for α · log Σₜ exp(ℓₜ / (T α)) of the losses ℓₜ of T tasks; None: for their sum."""
+
     @abstractmethod
     def losses(self, prediction: Prediction, expert: Prediction | None) -> Tensor:
         """The loss of each unit, [U], or image, [B]; `expert` is the frozen expert's prediction for the same images."""

@@ -24,7 +24,7 @@ def features(run: Run, tsne: bool) -> Iterator[Plan]:
         before, after = (dict(zip(names, found.arrays[f"distance.{view}"])) for view in ("initial", "adapted"))
         yield (
             "Distance to the expert's features",
-            "Representation bias: mean absolute difference per feature on the same images.",
+            f"Representation bias: mean absolute difference per feature on the same {_counts(run)} images of a task.",
             lambda: feature_figures.representation_distance(before, after),
             False,
         )
@@ -34,13 +34,15 @@ def features(run: Run, tsne: bool) -> Iterator[Plan]:
         view: found.arrays[f"features.{view}.{place}"] for view in views if f"features.{view}.{place}" in found.arrays
     }
     labels = found.arrays.get(f"label.adapted.{place}")
+    if labels is not None and f"sample.{place}" in found.arrays:  # files of older versions hold the first images
+        labels = labels[found.arrays[f"sample.{place}"]]
     if len(points) < 2 or labels is None or min(len(part) for part in points.values()) < 3:
         return
     name, size = label(found.tasks[place], 30), len(points["adapted"])
     for method, title in (("pca", "PCA"), ("tsne", "t-SNE"))[: 2 if tsne else 1]:
         yield (
             f"{title} of the features of {name}",
-            "The same images seen by expert, merge and adapted model; colours are classes.",
+            f"The same {size:,} images, drawn at random, seen by expert, merge and adapted model; colours are classes.",
             lambda method=method, title=title: feature_figures.projection(
                 feature_figures.project_features(points, method), labels[:size]
             ),
@@ -101,7 +103,7 @@ def interference(run: Run) -> Iterator[Plan]:
     if "cross" in found.arrays:
         yield (
             "Experts on each other's tasks",
-            "Accuracy in % of each expert with the head of each task.",
+            f"Accuracy in % of each expert with each task's head, on {_crossed(run)} images of it, drawn at random.",
             lambda: feature_figures.cross_accuracy(names, found.arrays["cross"]),
             False,
         )
@@ -112,7 +114,7 @@ def calibration(run: Run) -> Iterator[Plan]:
     found = run.diagnostics
     if found is None:
         return
-    models = {}
+    models, errors = {}, {}
     for view in ("individual", "initial", "adapted"):
         parts = [
             [
@@ -124,12 +126,15 @@ def calibration(run: Run) -> Iterator[Plan]:
         ]
         if all(parts):
             models[view] = (np.concatenate(parts[0]), np.concatenate(parts[1]))
+            recorded = run.calibration_error(view)
+            alone = [feature_figures.calibration_error(*pair) for pair in zip(*parts)]
+            errors[view] = float(np.mean(alone)) if recorded is None else recorded
     if models:
         yield (
             "Reliability",
-            "The images of all merged tasks together. Below the diagonal a model is surer than it is right; dots "
-            "are sized by images.",
-            lambda: feature_figures.reliability(models),
+            f"The {len(models[next(iter(models))][0]):,} images of all merged tasks together; ECE is the mean over the "
+            "tasks, as in the tables. Below the diagonal a model is surer than it is right; dots are sized by images.",
+            lambda: feature_figures.reliability(models, errors),
             False,
         )
 
@@ -139,3 +144,21 @@ def _task_with_most_room(run: Run, tasks: list[str]) -> int:
     rows = [run.merged.get(task) for task in tasks]
     room = [row["individual"] - row["initial"] if row else -2 for row in rows]
     return int(np.argmax(room))
+
+
+def _counts(run: Run) -> str:
+    """Images of a task whose features were kept."""
+    arrays = run.diagnostics.arrays
+    return _range([len(values) for name, values in arrays.items() if name.startswith("features.adapted.")])
+
+
+def _crossed(run: Run) -> str:
+    """Images of a task that all experts saw; older files do not say."""
+    return _range([int(count) for count in run.diagnostics.arrays.get("crossed", ())])
+
+
+def _range(counts: list[int]) -> str:
+    if not counts:
+        return "some"
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.figure import Figure
 
+from adaptive_merge.engine.views import percent
 from adaptive_merge.report.layers import depth, readable
 from adaptive_merge.report.style import (
     DIVERGING,
@@ -190,20 +191,23 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = _
 
 
 @styled
-def reliability(models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+def reliability(
+    models: Mapping[str, tuple[np.ndarray, np.ndarray]], errors: Mapping[str, float] | None = None
+) -> Figure:
     """Accuracy over confidence: below the diagonal a model is surer than it should be.
 
     Args:
         models: view or name → (confidence [n] in [0, 1], correct [n] as 0 or 1).
+        errors: view or name → its expected calibration error; default: of what is drawn.
     """
     figure, (axes,) = canvas(4.8, 3.4)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
     for index, (name, (confidence, correct)) in enumerate(models.items()):
         bins = [entry for entry in _bin(confidence, correct, _BINS) if entry[2] > 0]
         sure, right, share = (np.array(column) for column in zip(*bins)) if bins else (np.zeros(0),) * 3
-        ece = calibration_error(confidence, correct)
+        ece = (errors or {}).get(name, calibration_error(confidence, correct))
         shade = VIEW_COLOURS.get(name, colour(index))
-        text = f"{VIEW_NAMES.get(name) or label(name, 16)}, ECE {100 * ece:.1f} %"
+        text = f"{VIEW_NAMES.get(name) or label(name, 16)}, ECE {percent(ece):.1f} %"
         axes.plot(sure, right, color=shade, linewidth=1.3, label=text)
         axes.scatter(sure, right, 6 + 90 * share, shade, linewidths=0, alpha=0.8)
     axes.set_xlim(0, 1.02)
@@ -216,7 +220,7 @@ def reliability(models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 def _bin(confidence: np.ndarray, correct: np.ndarray, bins: int) -> list[tuple[float, float, float]]:
     """(mean confidence, accuracy, share of images) of each bin that holds images."""
     confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
-    place = np.clip((confidence * bins).astype(int), 0, bins - 1)
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # as the scoring has them
     return [
         (confidence[inside].mean(), correct[inside].mean(), inside.mean())
         for number in range(bins)

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from adaptive_merge.engine.views import percent
 from adaptive_merge.report.style import (
     GRID,
     INK,
@@ -53,7 +54,7 @@ def accuracy_bars(scores: Scores, measure: str = "accuracy") -> Figure:
         axes.barh(places, values, height * 0.9, color=VIEW_COLOURS[view], label=name)
         if view == "adapted":
             for place, value in zip(places, values):
-                axes.text(value + 1, place, f"{value:.1f}", va="center", fontsize=8, color=INK)
+                axes.text(value + 1, place, f"{percent(value / 100):.1f}", va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
     axes.set_xlim(0, 106)
     axes.set_ylim(-0.6, len(tasks) - 0.4)
@@ -174,7 +175,7 @@ def prequential_curves(curves: Mapping[str, Curve], mean: float, final: float) -
     for index, (task, (images, values)) in enumerate(curves.items()):
         axes.plot(images, 100 * np.asarray(values), color=colour(index), label=label(task, 14), marker=".")
     for value, style, name in ((mean, "-", "mean of the pass"), (final, "--", "kept model, mean")):
-        axes.axhline(100 * value, color=INK, linewidth=1.3, linestyle=style, label=f"{name} {100 * value:.1f} %")
+        axes.axhline(100 * value, color=INK, linewidth=1.3, linestyle=style, label=f"{name} {percent(value):.1f} %")
     axes.set_ylim(0, 102)
     tune(axes, x="images of the stream", y="accuracy so far in %")
     legend(axes)

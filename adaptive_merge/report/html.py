@@ -13,6 +13,7 @@ import yaml
 from markupsafe import Markup
 
 from adaptive_merge import __version__
+from adaptive_merge.engine.views import gain, percent
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import replacing
 from adaptive_merge.report.compare import Group, alike, comparison_plans, contrasts, group_runs
@@ -182,7 +183,7 @@ def _best(groups: list[Group]) -> list[Card]:
         ),
     ]
     if len(groups) > 1:
-        found.append(Card("ahead of the next by", f"{100 * (mean - groups[1].spread[0]):.1f}", "percentage points"))
+        found.append(Card("ahead of the next by", f"{gain(mean, groups[1].spread[0]):.1f}", "percentage points"))
     return found
 
 
@@ -228,7 +229,7 @@ def _svg(panel: Panel) -> Markup:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+    return "–" if value is None or not math.isfinite(value) else f"{percent(value):.1f} %"
 
 
 def _decimal(value: float | None) -> str:

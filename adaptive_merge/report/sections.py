@@ -7,6 +7,7 @@ from itertools import chain
 
 import numpy as np
 
+from adaptive_merge.engine.views import percent
 from adaptive_merge.report import coefficient_figures, figures
 from adaptive_merge.report.diagnostic_sections import calibration, features, interference
 from adaptive_merge.report.panels import Plan, Section, draw
@@ -99,8 +100,9 @@ def _prequential(run: Run) -> Iterator[Plan]:
     )
     yield (
         "Prequential accuracy",
-        f"Every image was predicted before it was used; {100 * mean:.1f} % on average over the pass. The model that "
-        f"was kept reaches {100 * final:.1f} % when it is asked about all images afterwards, which is no online result."
+        f"Every image was predicted before it was used; {percent(mean):.1f} % on average over the pass. The model that "
+        f"was kept reaches {percent(final):.1f} % when it is asked about all images afterwards, "
+        "which is no online result."
         + (f" No step predicted {late:,} of the images; the model that was kept did." if late else ""),
         lambda: figures.prequential_curves(
             {task: (np.array(one["images"]), np.array(one["curve"])) for task, one in passes.items()}, mean, final

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adaptive_merge.engine.views import gain, percent
 from adaptive_merge.report.figures import recovered
 from adaptive_merge.report.style import printable
 from adaptive_merge.report.terms import ORACLE, guard_warnings, meaning, protocol
@@ -35,9 +36,9 @@ def cards(run: Run) -> list[Card]:
     shown = [
         *([Card("chosen by labels", ORACLE, "not a label-free result")] if uses_labels(results) else []),
         Card("protocol", printable(protocol(run), 18), meaning(run)),
-        Card(f"adapted {run.measure}", f"{100 * average['adapted']:.1f} %", f"{kind} of {len(run.merged)} tasks"),
+        Card(f"adapted {run.measure}", f"{percent(average['adapted']):.1f} %", f"{kind} of {len(run.merged)} tasks"),
         *_unseen(run),
-        Card("gain over the merge", f"{100 * (average['adapted'] - average['initial']):+.1f}", "percentage points"),
+        Card("gain over the merge", f"{gain(average['adapted'], average['initial']):+.1f}", "percentage points"),
         Card("gap closed", f"{100 * closed:.0f} %" if closed is not None else "–", "merge to experts, mean"),
         Card("steps", f"{results.get('steps', 0):,}", f"in {duration(seconds.get('adapt', 0))}"),
         Card(
@@ -57,9 +58,9 @@ def _unseen(run: Run) -> list[Card]:
     tasks, average = run.results["unseen"].values()
     if not tasks:
         return []
-    gained = 100 * (average["adapted"] - average["initial"])
+    gained = gain(average["adapted"], average["initial"])
     note = f"mean of {len(tasks)} task{'s' if len(tasks) > 1 else ''}, {gained:+.1f} over the merge"
-    return [Card("on unseen tasks", f"{100 * average['adapted']:.1f} %", note)]
+    return [Card("on unseen tasks", f"{percent(average['adapted']):.1f} %", note)]
 
 
 def gap_closed(run: Run) -> float | None:
@@ -74,7 +75,7 @@ def warnings_of(run: Run) -> list[str]:
     for task, row in run.tasks.items():
         name = printable(run.shown(task), 40)
         if row["adapted"] < row["initial"] - _CHANCE:
-            lost = 100 * (row["initial"] - row["adapted"])
+            lost = gain(row["initial"], row["adapted"])
             found.append(f"{name}: adaptation lost {lost:.1f} points against the merge that it started from.")
         if row["pretrained"] > row["adapted"] + _CHANCE:
             found.append(f"{name}: the pre-trained model beats the adapted merge.")

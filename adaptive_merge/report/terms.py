@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from adaptive_merge.engine.views import percent
 from adaptive_merge.report.style import printable
 from adaptive_merge.runs.reading import Run
 from adaptive_merge.runs.record import MEASURES
@@ -100,8 +101,8 @@ def start(run: Run) -> str:
     average = run.results["average"]
     return (
         f"Start: {printable(record['kind'], 60)}, solved from {images} unlabelled images a task in "
-        f"{record['seconds']:.0f} s. The static merge before it: {100 * average['anchor']:.1f} %; after it, before the "
-        f"first step: {100 * average['initial']:.1f} %, which figures and tables below call merged."
+        f"{record['seconds']:.0f} s. The static merge before it: {percent(average['anchor']):.1f} %; after it, before "
+        f"the first step: {percent(average['initial']):.1f} %, which figures and tables below call merged."
     )
 
 

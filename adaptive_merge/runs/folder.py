@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from adaptive_merge.files import save_json
 from adaptive_merge.privacy import scrub
 from adaptive_merge.runs.results import footing, table
 
-__all__ = ["RUN_FILES", "START_FILES", "SaveConfig", "publish", "refuse_run", "remove_run"]
+__all__ = ["RUN_FILES", "START_FILES", "SaveConfig", "publish", "refuse_run", "remove_run", "undoing"]
 
 # A run that was killed before its first checkpoint goes on from these.
 START_FILES = (FILE, PARTIAL)
@@ -29,6 +29,10 @@ RUN_FILES = (
     *("history.safetensors", "diagnostics.safetensors", "images.safetensors", "checkpoints"),
     *START_FILES,
 )
+
+
+# One of these, and a run was under way.
+_WORTH_KEEPING = ("last.ckpt", "results.json", "coefficients.json")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -67,6 +71,25 @@ def remove_run(folder: Path, keep: Sequence[str] = ()) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def undoing(folder: Path) -> Callable[[], None]:
+    """A function that takes back what is written in `folder` from now on, unless a run could go on from it."""
+    there = set(folder.rglob("*"))
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    @rank_zero_only
+    def undo() -> None:
+        new = sorted(set(folder.rglob("*")) - there, reverse=True)  # what is in a folder before the folder
+        if any(path.name in (*_WORTH_KEEPING, *START_FILES) for path in new):
+            return
+        for path in new:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    return undo
+
+
 @rank_zero_only
 def publish(results: dict[str, Any], folder: Path) -> None:
     """Write `results.json` and print the table."""
@@ -79,5 +102,6 @@ def publish(results: dict[str, Any], folder: Path) -> None:
         f"{results['steps']} steps in {seconds['adapt']:.0f} s, scored in {seconds['evaluate']:.0f} s; "
         f"{results['trainable_parameters']:,} numbers learned; the run is in {folder}",
         soft_wrap=True,
+        markup=False,
         highlight=False,
     )

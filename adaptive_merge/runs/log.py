@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 __all__ = ["RunLog"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class RunLog(CSVLogger):
@@ -45,7 +48,11 @@ class RunLog(CSVLogger):
         path = Path(self.log_dir) / "metrics.csv"
         if not self._resumed_at or not path.is_file():
             return []
-        with path.open(newline="") as file:
-            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = []
+        try:
+            with path.open(newline="") as file:
+                rows += ({key: value for key, value in row.items() if key and value} for row in csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            _LOG.warning("%s is damaged: only what comes before is kept (%s)", path, error)
         # A killed process may have left half a line.
         return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < self._resumed_at]

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from adaptive_merge.engine.scoring import CRITERIA
-from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.errors import InputError, did_you_mean, printable
 from adaptive_merge.runs.reading import Run
 from adaptive_merge.runs.results import uses_labels
 
@@ -100,17 +100,17 @@ def table(ranked: Sequence[Candidate], by: str) -> Table:
     view = Table(title=title, title_justify="left")
     keys = list(ranked[0].values) or ["run"]
     for name in keys:
-        view.add_column(name.replace(".init_args", ""), overflow="fold")
+        view.add_column(escape(name).replace(".init_args", ""), overflow="fold")
     shown = (*CRITERIA, *([ORACLE] if by == ORACLE else []))
     view.add_column(f"{_label(by)} at the start", justify="right")
     for name in shown:
         view.add_column(_label(name), justify="right", style="bold" if name == by else "")
     view.add_column("note", overflow="fold")
     for one in ranked:
-        settings = [escape(str(value)) for value in one.values.values()] or [escape(one.name)]
+        settings = [escape(printable(str(value))) for value in one.values.values()] or [escape(printable(one.name))]
         cells = [one.criterion(by, "initial"), *(one.criterion(name) for name in shown)]
         numbers = ["" if value is None else f"{value:.{_DIGITS}f}" for value in cells]
-        view.add_row(*settings, *numbers, escape(_note(one, by)))
+        view.add_row(*settings, *numbers, escape(printable(_note(one, by))))
     return view
 
 

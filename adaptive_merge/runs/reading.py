@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors import SafetensorError, safe_open
 
+from adaptive_merge.errors import InputError
+from adaptive_merge.limits import read_yaml
 from adaptive_merge.privacy import scrub
 from adaptive_merge.runs.record import read_record
 
@@ -91,7 +92,7 @@ class Run:
     @property
     def measure(self) -> str:
         """What its models are compared by: `"accuracy"`, or `"agreement"` with the experts without labels."""
-        return self.results["measure"]
+        return self.results.get("measure", "accuracy")
 
     @property
     def tasks(self) -> dict[str, dict[str, float]]:
@@ -156,8 +157,8 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("config.yaml is not there: the configuration is left out.")
         return {}
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        content = read_yaml(path)
+    except InputError:
         notes.append("config.yaml cannot be read: the configuration is left out.")
         return {}
     return scrub(content) if isinstance(content, dict) else {}

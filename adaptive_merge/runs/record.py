@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.limits import LimitError, read_json
 
 __all__ = ["MEASURES", "read_record"]
 
@@ -27,7 +27,9 @@ def read_record(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFileError(f"{path}: there is no such file; name a run folder whose `fit` has finished")
     try:
-        return _checked(json.loads(path.read_text()), notes)
+        return _checked(read_json(path, strict=False), notes)
+    except LimitError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not results of this version of the program ({error!r}); run `fit` again") from error
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.engine.scoring import CRITERIA
-from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.engine.views import VIEWS, gain, percent
+from adaptive_merge.errors import printable
 from adaptive_merge.runs.online import prequential
 from adaptive_merge.runs.record import MEASURES
 
@@ -88,6 +90,7 @@ def summary(
     steps: int,
     seconds: Mapping[str, float],
     guard: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The content of `results.json`.
 
@@ -99,6 +102,7 @@ def summary(
         steps: that were taken.
         seconds: part of the run → how long it took.
         guard: the guard's record.
+        notes: checkpoint → what its reader had to say about it.
     """
     measure, labelled = module.measure, module.measure == "accuracy"
     scores = {view: {task: row[measure] for task, row in tasks.items()} for view, tasks in evaluation.items()}
@@ -138,6 +142,7 @@ def summary(
         else {},
         "criteria": {view: _criteria(evaluation[view], module.tasks) for view in ("initial", "adapted")},
         "guard": dict(guard or {}),
+        "notes": {source: list(own) for source, own in (notes or {}).items() if own},
         "steps": steps,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": peak_memory(),
@@ -151,14 +156,14 @@ def table(results: Mapping[str, Any]) -> Table:
     """Accuracies, or agreements, in percent, a row per task, and the gain over the merge that the run started from."""
     chosen = " (ORACLE: labels chose the step)" if uses_labels(results) else ""
     measure = MEASURES[results.get("measure", "accuracy")]
-    view = Table(title=f"{results['recipe']}: {measure} in %{chosen}", title_justify="left")
+    view = Table(title=f"{_shown(results['recipe'])}: {measure} in %{chosen}", title_justify="left")
     view.add_column("task")
     started = "anchor" in results["average"]
     for name in ("pre-trained", "individual", "merged", *(["start"] * started), "adapted", "gain"):
         view.add_column(name, justify="right")
     unseen = results.get("unseen", {"tasks": []})
     for task, row in results["tasks"].items():
-        view.add_row(f"{task} (unseen)" if task in unseen["tasks"] else task, *_cells(row))
+        view.add_row(_shown(f"{task} (unseen)" if task in unseen["tasks"] else task), *_cells(row))
     view.add_section()
     view.add_row("average", *_cells(results["average"]), style="bold")
     if unseen["tasks"]:
@@ -191,9 +196,14 @@ def peak_memory() -> int:
 
 def _cells(row: Mapping[str, float]) -> list[str]:
     """The gain is over the static merge: of a start and of the steps together."""
-    gain = row["adapted"] - row.get("anchor", row["initial"])
+    gained = gain(row["adapted"], row.get("anchor", row["initial"]))
     shown = [view for view in (*VIEWS[:2], "anchor", *VIEWS[2:]) if view in row]
-    return [*(f"{100 * row[view]:.1f}" for view in shown), f"{100 * gain:+.1f}"]
+    return [*(f"{percent(row[view]):.1f}" for view in shown), f"{gained:+.1f}"]
+
+
+def _shown(name: str) -> str:
+    """A name as rich shows it letter by letter."""
+    return escape(printable(name))
 
 
 def _means(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:

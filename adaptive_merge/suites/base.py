@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ class Suite:
         backbone: the encoder's structure, carrying `image_mean` and `image_std`.
         heads: task → frozen classifier weight [C, d], or another `Head`.
         images: task → test images.
+        notes: what was read → what its reader has to say about it.
         trigger: of the backdoor that one of the experts is known to have.
     """
 
@@ -34,6 +35,7 @@ class Suite:
     backbone: nn.Module
     heads: Mapping[str, HeadLike]
     images: Mapping[str, Images]
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     trigger: Trigger | None = None
 
     @property

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from adaptive_merge.data.cache import cached_images, resized
 from adaptive_merge.errors import AdaptiveMergeError
 from adaptive_merge.suites.clip_folder import KIND, read_clip_suite
-from adaptive_merge.suites.clip_suite import ClipSuite
-from adaptive_merge.suites.loading import folder_of, load_suite, read_manifest
+from adaptive_merge.suites.clip_suite import ClipSuite, missing_path
+from adaptive_merge.suites.loading import check_manifest, folder_of, load_suite, read_manifest
 from adaptive_merge.weights.clip import read_architecture
 
 __all__ = ["TaskCheck", "check_suite"]
@@ -37,9 +37,11 @@ def check_suite(name: str, decode: bool = False) -> list[TaskCheck]:
     folder = folder_of(name)
     manifest = read_manifest(folder)
     if manifest.get("kind") != KIND:
+        check_manifest(folder / "suite.json", manifest)
         return [_check_plain(name, task) for task in manifest["tasks"]]
     suite = read_clip_suite(folder, manifest)
-    return [_check_clip(suite, task, decode) for task in suite.tasks]
+    shared = _missing({"pretrained": suite.pretrained, "text": suite.text})
+    return [_check_clip(suite, task, decode, shared) for task in suite.tasks]
 
 
 def _check_plain(name: str, task: str) -> TaskCheck:
@@ -50,8 +52,16 @@ def _check_plain(name: str, task: str) -> TaskCheck:
     return TaskCheck(task, len(images), len(images.classes))
 
 
-def _check_clip(suite: ClipSuite, task: str, decode: bool) -> TaskCheck:
-    """Lists and labels always; the first and the last image, or with `decode` all of them."""
+def _missing(named: dict[str, str | None]) -> str | None:
+    """The first of the named checkpoints that is not there."""
+    return next((problem for what, path in named.items() if (problem := missing_path(what, path))), None)
+
+
+def _check_clip(suite: ClipSuite, task: str, decode: bool, shared: str | None) -> TaskCheck:
+    """Checkpoints are there, not read; lists and labels always; the first and the last image, or with `decode` all.
+
+    `shared` is what is wrong with the files of all tasks.
+    """
     images = classes = 0
     try:
         source = suite.source(task)
@@ -61,6 +71,11 @@ def _check_clip(suite: ClipSuite, task: str, decode: bool) -> TaskCheck:
             cached_images(source, suite.cache, size, name=task, workers=suite.workers, check=True)
         for index in {0, len(source) - 1}:
             resized(source.load(index), size)
+        own = {
+            f"the expert of task {task!r}": suite.expert_path(task),
+            f"the head of task {task!r}": suite.head_path(task),
+        }
+        problem = _missing(own) or shared
     except AdaptiveMergeError as error:
         return TaskCheck(task, images, classes, str(error))
-    return TaskCheck(task, images, classes)
+    return TaskCheck(task, images, classes, problem)

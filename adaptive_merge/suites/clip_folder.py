@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
 from adaptive_merge.errors import InputError, did_you_mean
+from adaptive_merge.limits import check_names
 from adaptive_merge.suites.base import Suite
 from adaptive_merge.suites.clip_suite import ClipSuite, load_clip_suite
 
-__all__ = ["KIND", "load_clip_folder", "read_clip_suite"]
+__all__ = ["KIND", "chosen_tasks", "load_clip_folder", "read_clip_suite"]
 
 KIND: Final = "clip"
 _PATHS: Final = ("pretrained", "experts", "heads", "text", "data", "cache", "folders", "class_names")
@@ -59,7 +61,8 @@ def read_clip_suite(folder: Path, manifest: dict[str, Any], tasks: list[str] | N
         if required and key not in settings:
             raise InputError(f"{path}: the key {key!r} is missing; a CLIP suite needs it")
     if tasks is not None:
-        settings["tasks"] = _chosen(path, settings["tasks"], tasks)
+        settings["tasks"] = chosen_tasks(f"suite `{path.parent}`", settings["tasks"], tasks)
+    check_names(settings["tasks"], "task", path, folder=True)
     # The defaults are paths as well, and start at the folder like all others.
     settings = {"data": "data", "cache": "cache"} | settings
     settings |= {key: _resolve(path, key, settings[key]) for key in _PATHS if settings.get(key) is not None}
@@ -68,13 +71,21 @@ def read_clip_suite(folder: Path, manifest: dict[str, Any], tasks: list[str] | N
     return ClipSuite(**{"name": folder.resolve().name} | settings)
 
 
-def _chosen(path: Path, known: list[str], tasks: list[str]) -> list[str]:
-    if not tasks:
+def chosen_tasks(suite: str, known: Collection[str], tasks: list[str] | None) -> list[str]:
+    """The tasks that were asked for, each once; all that are known where none were.
+
+    Raises:
+        InputError: none, an unknown one, or one named twice.
+    """
+    chosen = list(known) if tasks is None else tasks
+    if not chosen:
         raise InputError("no task is left to adapt on; name at least one")
-    for task in tasks:
+    for task in chosen:
         if task not in known:
-            raise InputError(f"suite `{path.parent}` has no task {task!r}{did_you_mean(task, known)}")
-    return tasks
+            raise InputError(f"{suite} has no task {task!r}{did_you_mean(task, known)}")
+        if chosen.count(task) > 1:
+            raise InputError(f"{suite}: task {task!r} is named twice; name each once")
+    return chosen
 
 
 def _check_kind(path: Path, key: str, value: Any, annotation: str) -> None:

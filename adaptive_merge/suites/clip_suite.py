@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,8 +24,9 @@ from adaptive_merge.weights.clip import build_tower, read_architecture
 from adaptive_merge.weights.text_tower import read_text_tower
 from adaptive_merge.weights.zero_shot import zero_shot_head
 
-__all__ = ["ClipSuite", "load_clip_suite"]
+__all__ = ["ClipSuite", "load_clip_suite", "missing_path"]
 
+_LOG = logging.getLogger(__name__)
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
@@ -114,15 +116,27 @@ def load_clip_suite(suite: ClipSuite, lazy: bool = False) -> Suite:
     backbone = build_tower(tower, pretrained.tensors, suite.pretrained)
     heads = _heads(suite, sources, architecture)
 
+    notes = {suite.pretrained: pretrained.manifest.notes}
+
     def expert(task: str) -> dict[str, Tensor]:
         weights = read_weights(suite.expert_path(task), quick_gelu=architecture.quick_gelu, base=pretrained)
-        return check_agreement(pretrained, weights, name=task, projection=suite.projection).tensors
+        checked = check_agreement(pretrained, weights, name=task, projection=suite.projection)
+        notes[suite.expert_path(task)] = checked.manifest.notes
+        return checked.tensors
 
     experts, dtype = Experts(suite.tasks, expert), getattr(torch, suite.bank)
     bank = TaskVectors.from_state_dicts(pretrained.tensors, experts, dtype=dtype)
     size = architecture.image_size
     images = LazyImages({task: partial(_images, suite, task, sources.get(task), size, heads) for task in suite.tasks})
-    return Suite(suite.name, bank, backbone, heads, images if lazy else dict(images))
+    _tell(notes)
+    return Suite(suite.name, bank, backbone, heads, images if lazy else dict(images), notes)
+
+
+def _tell(notes: Mapping[str, Sequence[str]]) -> None:
+    """Each note once, with all checkpoints that it is about."""
+    for note in dict.fromkeys(note for own in notes.values() for note in own):
+        sources = [source for source, own in notes.items() if note in own]
+        _LOG.warning("%s: %s", ", ".join(f"`{source}`" for source in sources), note)
 
 
 def _images(suite: ClipSuite, task: str, source: ImageSource | None, size: int, heads: Mapping[str, Tensor]) -> Images:
@@ -195,5 +209,12 @@ def _check_paths(suite: ClipSuite) -> None:
     named += [(f"the expert of task {task!r}", suite.expert_path(task)) for task in suite.tasks]
     named += [(f"the head of task {task!r}", suite.head_path(task)) for task in suite.tasks]
     for what, path in named:
-        if path and not path.startswith("hf-hub:") and not Path(path.removeprefix("local-dir:")).exists():
-            raise MissingFileError(f"`{path}`: {what} is not there; correct the path in the suite, or get the file")
+        if problem := missing_path(what, path):
+            raise MissingFileError(problem)
+
+
+def missing_path(what: str, path: str | None) -> str | None:
+    """What is wrong with a file or folder that a suite names; None where it is there, or a hub's."""
+    if not path or path.startswith("hf-hub:") or Path(path.removeprefix("local-dir:")).exists():
+        return None
+    return f"`{path}`: {what} is not there; correct the path in the suite, or get the file"

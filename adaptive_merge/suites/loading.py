@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import zipfile
+import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,32 @@ from torch import Tensor, nn
 from adaptive_merge.adapters.heads import HeadLike, LinearHead
 from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.trigger import Trigger
-from adaptive_merge.errors import InputError, MissingFileError, check_normalisation, did_you_mean
+from adaptive_merge.errors import InputError, MissingFileError, check_normalisation
 from adaptive_merge.files import shipped
+from adaptive_merge.limits import ARRAY_BYTES, LimitError, check_header, check_names, read_json
 from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.signature import warn_of_locks
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.suites.base import Experts, Suite
-from adaptive_merge.suites.clip_folder import load_clip_folder
+from adaptive_merge.suites.clip_folder import KIND, chosen_tasks, load_clip_folder
 from adaptive_merge.suites.embedded_tower import build_encoder
+from adaptive_merge.weights.manifest import triple
 
-__all__ = ["folder_of", "load_suite", "read_manifest"]
+__all__ = ["check_manifest", "folder_of", "load_suite", "read_manifest"]
 
 BankDtype = Literal["float32", "bfloat16"]
+# What numpy and zipfile raise for a damaged npz.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    SyntaxError,
+)
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
@@ -67,9 +82,13 @@ def load_suite(
     """
     folder = folder_of(name)
     manifest = read_manifest(folder)
+    if manifest.get("kind") not in (None, KIND):
+        raise InputError(
+            f"{folder / 'suite.json'}: unknown kind {manifest['kind']!r:.80}; leave it out, or say {KIND!r}"
+        )
     if dtype not in get_args(BankDtype):
         raise InputError(f"unknown dtype {dtype!r} of a bank; choose {' or '.join(map(repr, get_args(BankDtype)))}")
-    if manifest.get("kind") == "clip":
+    if manifest.get("kind") == KIND:
         suite = load_clip_folder(folder, manifest, tasks, split, dtype, lazy)
     else:
         suite = _load_plain(name, folder, manifest, tasks, split, dtype, lazy)
@@ -90,13 +109,9 @@ def _load_plain(
     name: str, folder: Path, manifest: dict[str, Any], tasks: list[str] | None, split: str, dtype: str, lazy: bool
 ) -> Suite:
     """A suite that is laid out like the embedded one."""
+    check_manifest(folder / "suite.json", manifest)
     known = manifest["tasks"]
-    chosen = list(known) if tasks is None else tasks
-    if not chosen:
-        raise InputError("no task is left to adapt on; name at least one")
-    for task in chosen:
-        if task not in known:
-            raise InputError(f"suite {name!r} has no task {task!r}{did_you_mean(task, known)}")
+    chosen = chosen_tasks(f"suite {name!r}", known, tasks)
     backbone = build_encoder()
     check_normalisation(str(folder / "suite.json"), manifest["mean"], manifest["std"])
     backbone.image_mean, backbone.image_std = tuple(manifest["mean"]), tuple(manifest["std"])
@@ -112,7 +127,7 @@ def _load_plain(
     trigger = Trigger.read(manifest["trigger"], _sizes(known)) if "trigger" in manifest else None
     if trigger is not None and trigger.task not in chosen:
         trigger = None
-    return Suite(manifest["name"], bank, backbone, heads, images if lazy else dict(images), trigger)
+    return Suite(manifest["name"], bank, backbone, heads, images if lazy else dict(images), trigger=trigger)
 
 
 def _sizes(tasks: dict[str, Any]) -> dict[str, int]:
@@ -126,13 +141,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise MissingFileError(
             f"{path}: there is no such file; a suite is 'embedded' or a folder that holds suite.json"
         )
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    manifest = read_json(path)
     if not isinstance(manifest, dict):
         raise InputError(f"{path}: expected a JSON object that describes a suite, found a {type(manifest).__name__}")
     return manifest
+
+
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """InputError where a suite.json of the embedded layout lacks a key, or one is of another kind."""
+    three = "three numbers, one a channel"
+    for key, fits, expected in (
+        ("name", lambda value: isinstance(value, str), "text"),
+        ("mean", lambda value: triple(value) is not None, three),
+        ("std", lambda value: triple(value) is not None and min(value) > 0, f"{three}, above 0"),
+        ("image_size", lambda value: type(value) is int and value > 0, "the height and width of images"),
+        ("tasks", lambda value: isinstance(value, dict) and value, "task → its entry"),
+        ("files", lambda value: isinstance(value, dict), "file → its sha256"),
+    ):
+        if key not in manifest or not fits(manifest[key]):
+            shown = f"found {manifest[key]!r:.80}" if key in manifest else "it is missing"
+            raise InputError(f"{path}: key {key!r}: expected {expected}, {shown}; restore the file, or correct it")
+    check_names(manifest["tasks"], "task", path, folder=True)
+    for task, entry in manifest["tasks"].items():
+        classes = entry.get("classes") if isinstance(entry, dict) else None
+        if not isinstance(classes, list) or not classes:
+            raise InputError(f"{path}: task {task!r}: expected `classes`, a list of their names; correct the file")
+        check_names(classes, "class", path)
 
 
 def _checked(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
@@ -147,10 +181,11 @@ def _checked(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
 
 def _read_tensors(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
     path = _checked(folder, name, manifest)
+    check_header(path)
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); restore it") from error
 
 
 def _in_order(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -165,21 +200,45 @@ def _in_order(backbone: nn.Module, state: dict[str, Tensor], folder: Path) -> di
 
 def _read_images(folder: Path, task: str, split: str, manifest: dict[str, Any]) -> Images:
     path = _checked(folder, f"images/{task}.npz", manifest)
-    with np.load(path, allow_pickle=False) as arrays:
-        if f"{split}_images" not in arrays.files:
-            raise InputError(f"{path}: there is no array '{split}_images'; the split {split!r} is not in this suite")
-        pixels = torch.from_numpy(arrays[f"{split}_images"])
-        labels = torch.from_numpy(arrays[f"{split}_labels"]) if f"{split}_labels" in arrays.files else None
     try:
+        pixels, labels = _read_arrays(path, split)
+        size = manifest.get("image_size", 0)
+        if pixels.dim() not in (3, 4) or tuple(pixels.shape[1:]) not in ((size, size), (size, size, 3)):
+            raise InputError(
+                f"images of shape {tuple(pixels.shape)}; expected [N, {size}, {size}] or [N, {size}, {size}, 3], as "
+                "image_size in suite.json says"
+            )
         return Images(pixels, labels, manifest["tasks"][task]["classes"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except _DAMAGED as error:
+        raise InputError(f"{path}: not a readable file of arrays ({error}); restore it") from error
+
+
+def _read_arrays(path: Path, split: str) -> tuple[Tensor, Tensor | None]:
+    """Images and, where there are any, labels."""
+    with zipfile.ZipFile(path) as archive:
+        sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}
+    names = [f"{split}_images", f"{split}_labels"]
+    if names[0] not in sizes:
+        raise InputError(f"there is no array {names[0]!r}; the split {split!r} is not in this suite")
+    for name in (name for name in names if name in sizes):
+        if sizes[name] > ARRAY_BYTES:
+            raise LimitError(f"refused, array {name!r} has {sizes[name]:,} bytes, expected at most {ARRAY_BYTES:,}")
+    with np.load(path, allow_pickle=False) as arrays:
+        pixels, labels = (torch.from_numpy(arrays[name]) if name in sizes else None for name in names)
+    return pixels, labels
 
 
 def _head(folder: Path, heads: dict[str, Tensor], task: str, entry: dict[str, Any]) -> HeadLike:
     head = heads.get(f"{task}.weight")
     if head is None:
         raise InputError(f"{folder / 'heads.safetensors'}: there is no head {task + '.weight'!r}")
+    if head.dim() != 2 or not head.is_floating_point():
+        raise InputError(
+            f"{folder / 'heads.safetensors'}: {task + '.weight'!r}: expected floats [classes, features], found "
+            f"{head.dtype} {tuple(head.shape)}"
+        )
     if len(head) != len(entry["classes"]):
         raise InputError(
             f"{folder / 'heads.safetensors'}: the head of {task!r} has {len(head)} classes, suite.json names "

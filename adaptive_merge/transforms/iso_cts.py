@@ -15,7 +15,17 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 from adaptive_merge.transforms.iso_c import check_floor, iso_c
-from adaptive_merge.transforms.matrices import QKV, RANK_TOLERANCE, average, by_matrix, check_qkv, polar, stacked, svd
+from adaptive_merge.transforms.matrices import (
+    QKV,
+    RANK_TOLERANCE,
+    average,
+    by_matrix,
+    check_qkv,
+    leading,
+    polar,
+    stacked,
+    svd,
+)
 
 __all__ = ["IsoCTS", "iso_cts", "ranks"]
 
@@ -81,6 +91,5 @@ def _triplets(matrices: Tensor, k: int, specific: int) -> list[tuple[Tensor, Ten
     u = u[:, :k]
     found = [(u, s[:k], vt[:k].T)]
     for matrix in matrices:
-        own_u, own_s, own_vt = svd(matrix - u @ (u.T @ matrix.double()))
-        found.append((own_u[:, :specific], own_s[:specific], own_vt[:specific].T))
+        found.append(leading(matrix - u @ (u.T @ matrix.double()), specific))
     return found

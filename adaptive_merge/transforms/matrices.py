@@ -118,13 +118,20 @@ def stacked(like: Tensor, rows: Iterable[Tensor]) -> Tensor:
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin U [m, r], S [r], Vᵀ [r, n] of a matrix [m, n], r = min(m, n), in float64."""
+    """The thin U [m, r], S [r], Vᵀ [r, n] of a matrix [m, n], r = min(m, n), in float64.
+
+    Now and then LAPACK's divide and conquer does not converge on matrices of low rank; then it is `leading`, all of it.
+    """
     matrix = matrix.double()
-    if matrix.shape[0] < matrix.shape[1]:
-        # LAPACK takes half the time on tall matrices.
-        v, s, ut = torch.linalg.svd(matrix.T, full_matrices=False)
-        return ut.T, s, v.T
-    return torch.linalg.svd(matrix, full_matrices=False)
+    try:
+        if matrix.shape[0] < matrix.shape[1]:
+            # LAPACK takes half the time on tall matrices.
+            v, s, ut = torch.linalg.svd(matrix.T, full_matrices=False)
+            return ut.T, s, v.T
+        return torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        u, s, v = leading(matrix, min(matrix.shape))
+        return u, s, v.T
 
 
 def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,10 +26,15 @@ def read_architecture(name: str) -> Manifest:
     Raises:
         MissingFileError, InputError: unknown name or file, or no plain vision transformer.
     """
-    config = read_json(Path(name)) if name.endswith(".json") else open_clip.get_model_config(name)
+    # open_clip would look up other names, such as hf-hub:…, on the network.
+    known = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    config = read_json(Path(name)) if name.endswith(".json") else known
     if config is None:
         near = did_you_mean(name, open_clip.list_models())
-        raise InputError(f"open_clip knows no architecture {name!r}{near}; OpenAI's weights are `…-quickgelu`")
+        raise InputError(
+            f"open_clip knows no architecture {name!r}{near}; OpenAI's weights are `…-quickgelu`. Nothing is looked up "
+            "on a hub: for another tower give a .json file in open_clip's format"
+        )
     architecture = statement_of(config, name)
     sizes = {**architecture.architecture(), "embed_dim": architecture.embed_dim}
     missing = [size for size, value in sizes.items() if value is None]
@@ -48,6 +53,8 @@ def build_tower(architecture: Manifest, tensors: dict[str, Tensor], source: str)
     Raises:
         InputError: a tensor is missing, extra or of another shape.
     """
+    if architecture.width % architecture.heads:
+        raise InputError(f"`{source}`: {architecture.heads} heads do not divide the width {architecture.width}")
     with torch.device("meta"):
         tower = VisionTransformer(
             *(architecture.image_size, architecture.patch, architecture.width, architecture.layers, architecture.heads),

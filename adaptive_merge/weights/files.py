@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import TENSOR_NAME, TENSORS, LimitError, check_header
 from adaptive_merge.weights.manifest import Manifest, Weights
 from adaptive_merge.weights.modules import facts_of_module, named_records
 from adaptive_merge.weights.reader import Loader, Reader, assemble
@@ -68,6 +69,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Loader], str, Manifest]:
+    check_header(path)
     try:
         file = safe_open(path, framework="pt")
         names, metadata = list(file.keys()), dict(file.metadata() or {})
@@ -75,6 +77,10 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Loader], str, Manifest]:
         raise InputError(
             f"`{path}`: not a readable safetensors file ({error}); it is damaged, so copy or download it again"
         ) from error
+    if len(names) > TENSORS or max(map(len, names), default=0) > TENSOR_NAME:
+        raise LimitError(
+            f"`{path}`: refused, more than {TENSORS:,} tensors, or a name of more than {TENSOR_NAME} characters"
+        )
     loaders = {name: _safetensors_loader(file, name) for name in names}
     return loaders, "safetensors", Manifest.from_metadata(metadata, path)
 

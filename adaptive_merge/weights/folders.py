@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+from adaptive_merge import limits
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.weights.files import read_files
 from adaptive_merge.weights.manifest import Manifest, Weights
@@ -57,12 +57,7 @@ class Folder(Reader):
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one readable error."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingFileError(f"`{path}`: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"`{path}`: not readable as JSON ({error}); copy or download it again") from error
+    content = limits.read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"`{path}`: expected a JSON object, found {type(content).__name__}")
     return content

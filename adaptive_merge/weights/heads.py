@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,12 +18,15 @@ from adaptive_merge.weights.torch_files import open_torch_file
 
 __all__ = ["read_head"]
 
+_LARGEST_LOGARITHM: Final = math.log(1000)
+
 
 def read_head(path: str | Path) -> Tensor:
     """The weight [C, d] (float32) of a head, to be applied to L2-normalised features; nothing in the file is run.
 
     Args:
-        path: a whole pickled `ClassificationHead` or `Linear`, or a state dict or safetensors file with `weight`.
+        path: a whole pickled `ClassificationHead` or `Linear`, or a state dict or safetensors file with `weight`. A
+            `logit_scale` beside it is applied, as a logarithm up to ln 1000 and else as it is, unless the rows have it.
 
     Raises:
         InputError: no weight, a bias that is not zero, or a head that does not normalise its input.
@@ -46,7 +51,20 @@ def read_head(path: str | Path) -> Tensor:
             f"{values.abs().max():.3g}; give the zero-shot head of this task"
         )
     _check_normalises(path)
+    scale = weights[0].removesuffix("weight") + "logit_scale"
+    if scale in loaders:
+        weight = weight * _scale(loaders[scale]().to(torch.float32), weight, f"`{path}`: tensor `{scale}`")
     return weight.contiguous()
+
+
+def _scale(stored: Tensor, weight: Tensor, name: str) -> float:
+    """What the rows of a head still have to be multiplied by."""
+    if stored.numel() != 1 or not bool(stored.isfinite()):
+        raise InputError(f"{name}: expected one finite number, found {stored.flatten()[:4].tolist()}")
+    value = float(stored)
+    scale = math.exp(value) if value <= _LARGEST_LOGARITHM else value
+    length = float(weight.norm(dim=-1).median())
+    return 1.0 if math.isclose(length, scale, rel_tol=0.02) else scale
 
 
 def _check_normalises(path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final, Literal
 
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
@@ -48,7 +50,7 @@ def check_agreement(
     check_finite(tensors, source)
     state = _projection_state(pretrained, expert)
     embed_dim = tensors["proj"].shape[1] if "proj" in tensors else None
-    notes = (*expert.manifest.notes, *notes)
+    notes = (*expert.manifest.notes, *notes, *_normalisation(base, expert.manifest))
     manifest = dataclasses.replace(expert.manifest, projection=state, embed_dim=embed_dim, notes=notes)
     return Weights({key: tensors[key] for key in expected}, manifest)
 
@@ -82,6 +84,26 @@ def _check_stated(manifest: Manifest) -> None:
             "`read_weights(..., quick_gelu=True)` for OpenAI's CLIP and everything fine-tuned from it, False for "
             "towers trained with plain GELU (most of LAION's)"
         )
+
+
+def _normalisation(base: Manifest, expert: Manifest) -> list[str]:
+    """Images are normalised for the pre-trained tower; an expert that states another mean was not tuned so."""
+    stated = [(name, getattr(expert, name), getattr(base, name)) for name in ("mean", "std")]
+    defaults = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
+    return [
+        f"it states the {name} {_short(own)} of its images; they are normalised with the pre-trained model's "
+        f"{_short(other or defaults[name])}"
+        for name, own, other in stated
+        if own is not None and not _close(own, other or defaults[name])
+    ]
+
+
+def _short(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+
+
+def _close(values: Sequence[float], others: Sequence[float]) -> bool:
+    return all(abs(one - other) < 1e-3 for one, other in zip(values, others))
 
 
 def _projection_state(pretrained: Weights, expert: Weights) -> Literal["present", "absent", "trained", "pretrained"]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from adaptive_merge.errors import InputError, check_normalisation
 __all__ = ["METADATA_KEY", "Manifest", "Weights", "sha256_of_files"]
 
 METADATA_KEY = "adaptive_merge.manifest"
+_LARGEST: Final = 1 << 24  # of a size that a configuration states
 _CHUNK = 1 << 20
 _NEUTRAL = (0.5, 0.5, 0.5)
 
@@ -102,11 +103,23 @@ class Weights:
     manifest: Manifest
 
 
+def whole(settings: dict[str, Any], name: str, source: str | Path, default: int | None = None) -> int | None:
+    """A whole number from 1 that a configuration may state.
+
+    Raises:
+        InputError: it states something else.
+    """
+    value = settings.get(name, default)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST):
+        raise InputError(f"`{source}`: {name}: expected a whole number from 1, found {value!r:.60}; correct it")
+    return value
+
+
 def triple(values: Any) -> tuple[float, float, float] | None:
     """Three floats (per-channel mean or std), or None where there is nothing of that form."""
     if not isinstance(values, list | tuple) or len(values) != 3:
         return None
-    if not all(isinstance(value, int | float) for value in values):
+    if not all(isinstance(value, int | float) and abs(value) < _LARGEST for value in values):
         return None
     red, green, blue = (float(value) for value in values)
     return red, green, blue

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Final
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import MODULE_DEPTH, MODULES, TENSOR_NAME, TENSORS, LimitError
 from adaptive_merge.weights.manifest import Manifest, triple
 from adaptive_merge.weights.pickles import Stub, TensorRecord
 from adaptive_merge.weights.torch_files import TorchFile
@@ -13,8 +15,6 @@ from adaptive_merge.weights.torch_files import TorchFile
 __all__ = ["facts_of_module", "named_records"]
 
 _WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "module")
-_MAX_DEPTH: Final = 32
-_MAX_MODULES: Final = 100_000
 _QUICK: Final = "QuickGELU"
 _PLAIN: Final = "torch.nn.modules.activation.GELU"
 
@@ -29,16 +29,28 @@ def named_records(file: TorchFile) -> dict[str, TensorRecord]:
     if isinstance(root, dict):
         wrapped = [root[key] for key in _WRAPPERS if isinstance(root.get(key), dict | Stub)]
         root = wrapped[0] if wrapped and not _tensors(root) else root
-    records = _tensors(root) if isinstance(root, dict) else {}
-    if isinstance(root, Stub):
-        for prefix, stub in _modules(root, str(file.path)):
-            records.update((prefix + name, record) for name, record in _own_tensors(stub).items())
+    records: dict[str, TensorRecord] = {}
+    named = [("", _tensors(root))] if isinstance(root, dict) else []
+    for prefix, own in chain(named, _own(root, str(file.path))):
+        longest = max(map(len, own), default=0)
+        if len(records) + len(own) > TENSORS or len(prefix) + longest > TENSOR_NAME:
+            raise LimitError(
+                f"`{file.path}`: refused, more than {TENSORS:,} tensors, or a name of over {TENSOR_NAME} characters"
+            )
+        records.update((prefix + name, record) for name, record in own.items())
     if not records:
         what = getattr(root, "origin", type(root).__name__)
         raise InputError(
             f"`{file.path}`: holds `{what}`, which has no named tensors; expected a state dict or a saved module"
         )
     return records
+
+
+def _own(root: Any, path: str) -> Iterator[tuple[str, dict[str, TensorRecord]]]:
+    """Prefix and tensors of each module of a saved module; nothing of anything else."""
+    if isinstance(root, Stub):
+        for prefix, stub in _modules(root, path):
+            yield prefix, _own_tensors(stub)
 
 
 def facts_of_module(file: TorchFile) -> Manifest:
@@ -52,8 +64,9 @@ def facts_of_module(file: TorchFile) -> Manifest:
             continue
         if stub.origin.endswith(_QUICK) or stub.origin == _PLAIN:
             activations.add(stub.origin.endswith(_QUICK))
-        if prefix.endswith("resblocks.0.attn.") and isinstance(stub.state.get("num_heads"), int):
-            heads = stub.state["num_heads"]
+        count = stub.state.get("num_heads")
+        if prefix.endswith("resblocks.0.attn.") and isinstance(count, int) and 0 < count <= TENSORS:
+            heads = count
     quick_gelu = activations.pop() if len(activations) == 1 else None
     mean, std = _normalisation(file.root)
     return Manifest(str(file.path), heads=heads, quick_gelu=quick_gelu, mean=mean, std=std)
@@ -77,12 +90,16 @@ def _modules(root: Stub, path: str) -> Iterator[tuple[str, Stub]]:
     while stack:
         prefix, stub, depth = stack.pop()
         count += 1
-        if depth > _MAX_DEPTH or count > _MAX_MODULES:
-            raise InputError(f"`{path}`: refused, modules nested more than {_MAX_DEPTH} deep or {_MAX_MODULES} in all")
+        if depth > MODULE_DEPTH or count > MODULES or len(prefix) > TENSOR_NAME:
+            raise LimitError(f"`{path}`: refused, modules nested more than {MODULE_DEPTH} deep or {MODULES} in all")
         yield prefix, stub
         children = stub.state.get("_modules") if "_parameters" in stub.state else stub.state
         named = children.items() if isinstance(children, dict) else ()
-        nested = [(f"{prefix}{name}.", child, depth + 1) for name, child in named if isinstance(child, Stub)]
+        nested = [
+            (f"{prefix}{name}.", child, depth + 1)
+            for name, child in named
+            if isinstance(child, Stub) and isinstance(name, str)
+        ]
         stack.extend(reversed(nested))
 
 

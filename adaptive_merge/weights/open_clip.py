@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.weights.folders import Folder, read_json
-from adaptive_merge.weights.manifest import Manifest, triple
+from adaptive_merge.weights.manifest import Manifest, triple, whole
 
 __all__ = ["OpenClip", "statement_of"]
 
@@ -44,18 +44,24 @@ def statement_of(config: dict[str, Any], source: str) -> Manifest:
             f"`{source}`: vision_cfg has {odd or {'layers': vision.get('layers')}}, expected a plain CLIP vision "
             "transformer; towers of timm, ResNets and other poolings are not read"
         )
-    width, size = vision.get("width", 768), vision.get("image_size")
+    width, head_width = whole(vision, "width", source, 768), whole(vision, "head_width", source, 64)
+    size, ratio = vision.get("image_size"), vision.get("mlp_ratio", 4.0)
+    if width % head_width or not isinstance(ratio, int | float) or not 0 < width * ratio < 1 << 24:
+        raise InputError(
+            f"`{source}`: vision_cfg: width {width}, head_width {head_width} and mlp_ratio {ratio!r:.60} "
+            "do not fit each other; correct the configuration"
+        )
     preprocess = config.get("preprocess_cfg")
     preprocess = preprocess if isinstance(preprocess, dict) else {}
     return Manifest(
         source,
         width=width,
-        layers=vision["layers"],
-        patch=vision.get("patch_size"),
-        image_size=size if isinstance(size, int) else None,
-        mlp_width=int(width * vision.get("mlp_ratio", 4.0)),
-        embed_dim=model.get("embed_dim"),
-        heads=width // vision.get("head_width", 64),
+        layers=whole(vision, "layers", source),
+        patch=whole(vision, "patch_size", source),
+        image_size=whole(vision, "image_size", source) if isinstance(size, int) else None,
+        mlp_width=int(width * ratio),
+        embed_dim=whole(model, "embed_dim", source),
+        heads=width // head_width,
         quick_gelu=bool(model.get("quick_gelu", False)),
         mean=triple(preprocess.get("mean")),
         std=triple(preprocess.get("std")),

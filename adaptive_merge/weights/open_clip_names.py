@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import LAYERS
 
 __all__ = [
     "BLOCK",
@@ -20,6 +21,7 @@ __all__ = [
     "is_text_leftover",
     "parameter_names",
     "tower_prefix",
+    "unwrapped",
 ]
 
 Value = TypeVar("Value")
@@ -31,7 +33,7 @@ BLOCK: Final = (
     *("mlp.c_proj.weight", "mlp.c_proj.bias"),
 )
 _FIRST_MLP: Final = "transformer.resblocks.0.mlp.c_fc.weight"
-_BLOCK_INDEX: Final = re.compile(r"transformer\.resblocks\.(\d+)\.")
+_BLOCK_INDEX: Final = re.compile(r"transformer\.resblocks\.(\d{1,9})\.")
 _SPLIT: Final = re.compile(r"(.*\.attn\.)([qkv])(_proj_weight|(?:_proj)?\.weight|(?:_proj)?\.bias)$")
 _LEFTOVER: Final = re.compile(
     r"(?:[\w.]+\.)?(?:positional_embedding|text_projection(?:\.\w+)?|logit_scale|logit_bias|attn_mask|"
@@ -89,6 +91,13 @@ def architecture_of(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
                 f"`{path}`: tensor `{name}`: expected {rank} dimensions, found {tuple(tensors[name].shape)}; the file "
                 "is not a CLIP vision transformer"
             )
+    if len(blocks) > LAYERS or max(blocks) + 1 > len(blocks):
+        raise InputError(
+            f"`{path}`: blocks up to number {max(blocks)}, {len(blocks)} of them there; expected all from 0 on, "
+            f"at most {LAYERS}; the file is incomplete"
+        )
+    if any(0 in tuple(tensors[name].shape) for name in ranks):
+        raise InputError(f"`{path}`: a tensor without numbers; the file is not a CLIP vision transformer")
     width, patch = int(tensors["class_embedding"].shape[0]), int(tensors["conv1.weight"].shape[-1])
     side = math.isqrt(max(int(tensors["positional_embedding"].shape[0]) - 1, 0))
     projection = tensors.get("proj")
@@ -102,12 +111,23 @@ def architecture_of(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
     }
 
 
-def tower_prefix(names: Iterable[str], marker: str, path: str) -> str | None:
-    """What stands before `marker` (a tensor that only the image tower has), or None where it is not there."""
+def unwrapped(loaders: Mapping[str, Value], path: str) -> dict[str, Value]:
+    """The tensors without the `_orig_mod.` that torch.compile puts before the names of what it has compiled.
+
+    All other wrappers' names (`module.`, `model.`) stand before the whole tower: see `tower_prefix`.
+    """
+    plain = {name.replace("_orig_mod.", ""): value for name, value in loaders.items()}
+    if len(plain) < len(loaders):
+        raise InputError(f"`{path}`: tensors both with and without `_orig_mod.`; save one state dict of one model")
+    return plain
+
+
+def tower_prefix(names: Iterable[str], marker: str, path: str, kind: str = "image") -> str | None:
+    """What stands before `marker` (a tensor that the tower alone has), or None where it is not there."""
     prefixes = sorted({name.removesuffix(marker) for name in names if name == marker or name.endswith(f".{marker}")})
     if len(prefixes) > 1:
         raise InputError(
-            f"`{path}`: {len(prefixes)} image towers in one file, at {', '.join(map(repr, prefixes[:4]))}; expected "
+            f"`{path}`: {len(prefixes)} {kind} towers in one file, at {', '.join(map(repr, prefixes[:4]))}; expected "
             "one; save the one that is meant as a file of its own"
         )
     return prefixes[0] if prefixes else None

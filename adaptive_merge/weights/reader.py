@@ -19,6 +19,7 @@ from adaptive_merge.weights.open_clip_names import (
     fuse_attention,
     is_text_leftover,
     tower_prefix,
+    unwrapped,
 )
 
 __all__ = ["Loader", "Reader", "assemble", "check_finite", "check_shapes"]
@@ -70,7 +71,7 @@ def assemble(
         path: how messages call it.
         files: where the tensors are from, for the digest.
     """
-    tensors, dropped = _select(loaders, str(path))
+    tensors, dropped = _select(unwrapped(loaders, str(path)), str(path))
     tensors = fuse_attention(tensors, str(path))
     architecture = architecture_of(tensors, str(path))
     shapes = expected_shapes(**architecture)
@@ -162,7 +163,7 @@ def _select_huggingface(loaders: Mapping[str, Loader], prefix: str, source: str)
             tensors["proj"] = load().t().contiguous()
         elif ours is not None:
             tensors[ours] = load()
-        elif name.startswith(prefix) and prefix and not inner.endswith("position_ids"):
+        elif name.startswith(prefix) and not (inner.endswith("position_ids") or is_text_leftover(inner)):
             raise InputError(
                 f"`{source}`: tensor `{name}` has no place in open_clip's tower; expected a plain CLIP vision model "
                 "(fold LoRA and other adapters into the weights first)"

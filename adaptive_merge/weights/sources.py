@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -71,7 +72,7 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, Manifest]:
     kind, _, rest = source.partition(":")
     if kind == "hf-hub":
         return _hub(rest, revision)
-    path = Path(rest if kind == "local-dir" else source).expanduser()
+    path = Path(os.path.expanduser(rest if kind == "local-dir" else source))  # pathlib's raises without a home
     if kind == "local-dir" and not path.is_dir():
         raise MissingFileError(f"`{path}`: no such folder; `local-dir:` takes the path of an open_clip folder")
     if path.is_dir() or path.is_file():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from open_clip import SimpleTokenizer
@@ -11,10 +12,13 @@ from open_clip.model import CLIP
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import LAYERS, LimitError
 from adaptive_merge.weights.files import open_entries
 from adaptive_merge.weights.folders import read_json
+from adaptive_merge.weights.manifest import whole
 from adaptive_merge.weights.open_clip import OpenClip
-from adaptive_merge.weights.open_clip_names import BLOCK
+from adaptive_merge.weights.open_clip_names import BLOCK, tower_prefix, unwrapped
+from adaptive_merge.weights.reader import Loader
 from adaptive_merge.weights.sources import locate, reader_of
 
 __all__ = ["TextTower", "read_text_tower"]
@@ -49,21 +53,38 @@ def read_text_tower(source: str) -> TextTower:
     """
     path, _ = locate(source)
     reader = reader_of(path)
-    tensors: dict[str, Tensor] = {}
+    loaders: dict[str, Loader] = {}
     for file in reader.files(path):
-        loaders, _, _ = open_entries(file)
-        names = [name for name in loaders if not name.startswith("visual.") and ".visual." not in name]
-        tensors |= {name.removeprefix("module."): loaders[name]().float() for name in names}
+        loaders |= open_entries(file)[0]
+    tensors = _select(unwrapped(loaders, source), source)
     config = _config(tensors, source)
     if isinstance(reader, OpenClip):
         folder = path if path.is_dir() else path.parent
-        stated = read_json(folder / reader.config)["model_cfg"].get("text_cfg", {})
-        config |= {key: value for key, value in stated.items() if key in config}
+        stated = _stated(folder / reader.config)
+        # The tensors tell all sizes but the number of heads.
+        config["heads"] = whole(stated, "heads", folder / reader.config) or config["heads"]
+        if config["width"] % config["heads"]:
+            raise InputError(f"`{folder / reader.config}`: text_cfg: heads {config['heads']} do not divide the width")
     tensors = {name: value for name, value in tensors.items() if name in _names(config["layers"])}
     missing = [name for name in _names(config["layers"]) if name not in tensors]
     if missing:
         raise InputError(f"`{source}`: tensor `{missing[0]}` of the text tower: expected, found none; {_REMEDY}")
     return TextTower(config, tensors, int(tensors["text_projection"].shape[1]))
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    model = read_json(path).get("model_cfg")
+    stated = model.get("text_cfg") if isinstance(model, dict) else None
+    return stated if isinstance(stated, dict) else {}
+
+
+def _select(loaders: Mapping[str, Loader], source: str) -> dict[str, Tensor]:
+    """What lies beside the embedding of the tokens, wherever the tower is, and the scale, which may be further out."""
+    prefix = tower_prefix(loaders, "token_embedding.weight", source, "text") or ""
+    names = {name: name.removeprefix(prefix) for name in loaders if name.startswith(prefix)}
+    scale = f"{prefix.removesuffix('text.')}logit_scale"
+    names |= {scale: "logit_scale"} if scale in loaders else {}
+    return {inner: loaders[name]().float() for name, inner in names.items() if not inner.startswith("visual.")}
 
 
 _REMEDY: Final = (
@@ -86,6 +107,8 @@ def _config(tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
             raise InputError(f"`{source}`: tensor `{name}` of the text tower: expected a matrix, found none; {_REMEDY}")
     vocabulary, width = tensors["token_embedding.weight"].shape
     blocks = {name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")}
+    if len(blocks) > LAYERS:
+        raise LimitError(f"`{source}`: refused, a text tower of {len(blocks)} blocks, expected at most {LAYERS}")
     return {
         "context_length": int(tensors["positional_embedding"].shape[0]),
         "vocab_size": int(vocabulary),

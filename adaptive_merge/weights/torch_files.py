@@ -10,6 +10,7 @@ import io
 import math
 import mmap
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, Literal
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import DIMENSIONS, DIRECTORY_BYTES, PICKLE_BYTES, LimitError
 from adaptive_merge.weights.pickles import StorageRecord, TensorRecord, read_pickle_stream
 
 __all__ = ["TorchFile", "open_torch_file"]
 
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
-_MAX_PICKLE_BYTES: Final = 256 << 20
-_MAX_DIMENSIONS: Final = 8
+_SHARED: Final = 4  # times the size of a file that its tensors may have together: some share their numbers
+_TAIL: Final = (1 << 16) + 256  # bytes at the end of a zip that may hold its last records and a comment
 _LOCAL_HEADER: Final = 30  # bytes before the name in a zip member's local header
 
 Kind = Literal["zip", "TorchScript", "legacy", "pickle"]
@@ -38,6 +40,7 @@ class TorchFile:
     Args:
         root: what was saved, as stubs and records.
         places: storage key → (first byte, bytes) in `buffer`.
+        sums: storage key → CRC-32 of its bytes, where the container has one.
     """
 
     path: Path
@@ -45,6 +48,8 @@ class TorchFile:
     root: Any
     buffer: mmap.mmap = field(repr=False)
     places: dict[str, tuple[int, int]] = field(repr=False)
+    sums: dict[str, int] = field(default_factory=dict, repr=False)
+    _given: list[int] = field(default_factory=lambda: [0], repr=False)  # bytes of all tensors that were asked for
 
     def tensor(self, record: TensorRecord, name: str) -> Tensor:
         """The tensor that `record` describes, contiguous; it may share the (private) mapping of the file.
@@ -57,10 +62,16 @@ class TorchFile:
             flat = _as_dtype(flat, record.dtype, f"`{self.path}`: tensor `{name}`")
         count = math.prod(record.size)
         reach = record.offset + sum((n - 1) * step for n, step in zip(record.size, record.stride)) + 1
-        if len(record.size) > _MAX_DIMENSIONS or count > flat.numel() or (count and reach > flat.numel()):
+        if len(record.size) > DIMENSIONS or count > flat.numel() or (count and reach > flat.numel()):
             raise InputError(
                 f"`{self.path}`: tensor `{name}` of size {_brief(record.size)} needs {max(count, reach):.3g} numbers, "
                 f"its storage holds {flat.numel()}; refused before allocation, get the file from its source again"
+            )
+        self._given[0] += count * flat.dtype.itemsize
+        if self._given[0] > _SHARED * len(self.buffer):
+            raise LimitError(
+                f"`{self.path}`: refused, its tensors have more than {_SHARED} times the numbers of the file: the same "
+                "ones again and again; get the file from its source again"
             )
         return flat.as_strided(record.size, record.stride, record.offset).contiguous()
 
@@ -74,6 +85,8 @@ class TorchFile:
                 f"`{self.path}`: storage of `{name}` should have {storage.numel:.3g} numbers of {storage.dtype}, "
                 f"found {stored}; refused before allocation, get the file from its source again"
             )
+        if (expected := self.sums.pop(storage.key or "", None)) is not None:  # once, before it is first used
+            _check_sum(self.path, f"storage of `{name}`", self.buffer, (start, size), expected)
         return _from_bytes(self.buffer, storage.dtype, storage.numel, start)
 
 
@@ -90,6 +103,8 @@ def open_torch_file(path: Path) -> TorchFile:
 
 
 def _open_zip(path: Path, buffer: mmap.mmap) -> TorchFile:
+    if _directory_bytes(buffer) > DIRECTORY_BYTES:
+        raise LimitError(f"`{path}`: refused, a zip whose list of records has more than {DIRECTORY_BYTES:,} bytes")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -103,6 +118,8 @@ def _open_zip(path: Path, buffer: mmap.mmap) -> TorchFile:
             f"`{path}`: a zip with {len(pickles)} `data.pkl` records{' and names given twice' if twice else ''}, "
             "expected one; it was not written by torch.save (give a .pt or .safetensors file or a model folder)"
         )
+    if sum(member.compress_size for member in members) > len(buffer):
+        raise LimitError(f"`{path}`: refused, a zip whose records overlap; get the file from its source again")
     prefix = pickles[0].removesuffix("data.pkl")
     read = (f"{prefix}data.pkl", f"{prefix}byteorder", f"{prefix}data/")
     places = {
@@ -112,14 +129,40 @@ def _open_zip(path: Path, buffer: mmap.mmap) -> TorchFile:
     }
     if "byteorder" in places and _bytes(buffer, places["byteorder"]).strip() != b"little":
         raise InputError(f"`{path}`: written big-endian; save it again on a little-endian machine")
-    if places["data.pkl"][1] > _MAX_PICKLE_BYTES:
+    if places["data.pkl"][1] > PICKLE_BYTES:
         raise InputError(
-            f"`{path}`: refused, `data.pkl` has {places['data.pkl'][1]} bytes, expected at most {_MAX_PICKLE_BYTES}"
+            f"`{path}`: refused, `data.pkl` has {places['data.pkl'][1]} bytes, expected at most {PICKLE_BYTES}"
         )
+    # `set_crc32_options(False)` leaves all of them 0.
+    stored = {member.filename: member.CRC for member in members} if any(member.CRC for member in members) else {}
+    sums = {name: stored[prefix + name] for name in places if prefix + name in stored}
+    if "data.pkl" in sums:
+        _check_sum(path, "`data.pkl`", buffer, places["data.pkl"], sums["data.pkl"])
     root = read_pickle_stream(io.BytesIO(_bytes(buffer, places["data.pkl"])), f"`{path}`")
     data = {name.removeprefix("data/"): place for name, place in places.items() if name.startswith("data/")}
     script = f"{prefix}constants.pkl" in names
-    return TorchFile(path, "TorchScript" if script else "zip", root, buffer, data)
+    data_sums = {name.removeprefix("data/"): value for name, value in sums.items() if name.startswith("data/")}
+    return TorchFile(path, "TorchScript" if script else "zip", root, buffer, data, data_sums)
+
+
+def _check_sum(path: Path, what: str, buffer: mmap.mmap, place: tuple[int, int], expected: int) -> None:
+    start, size = place
+    with memoryview(buffer) as whole:
+        intact = zlib.crc32(whole[start : start + size]) == expected
+    if not intact:
+        raise InputError(
+            f"`{path}`: {what}: its bytes do not match the zip's CRC-32; the file is damaged, copy or download it again"
+        )
+
+
+def _directory_bytes(buffer: mmap.mmap) -> int:
+    """What the two forms of a zip's last record say of the size of its directory; the larger one."""
+    sizes = [0]
+    for mark, place, width in ((b"PK\x05\x06", 12, 4), (b"PK\x06\x06", 40, 8)):
+        found = buffer.rfind(mark, max(0, len(buffer) - _TAIL))
+        size = int.from_bytes(buffer[found + place : found + place + width], "little") if found >= 0 else 0
+        sizes.append(0 if size == 0xFFFFFFFF else size)
+    return max(sizes)
 
 
 def _member_place(path: Path, buffer: mmap.mmap, member: zipfile.ZipInfo) -> tuple[int, int]:
@@ -152,11 +195,11 @@ def _legacy_body(
     storages: dict[str, StorageRecord] = {}
     protocol, system = read_pickle_stream(file, name), read_pickle_stream(file, name)
     if protocol != _LEGACY_PROTOCOL or not (isinstance(system, dict) and system.get("little_endian", True)):
-        raise InputError(f"{name}: legacy protocol {protocol!r}, expected {_LEGACY_PROTOCOL}, little-endian")
+        raise InputError(f"{name}: not of legacy protocol {_LEGACY_PROTOCOL} and little-endian; save it anew")
     root = read_pickle_stream(file, name, storages)
     keys = read_pickle_stream(file, name)
     places: dict[str, tuple[int, int]] = {}
-    for key in keys if isinstance(keys, list) else []:
+    for key in [key for key in keys if isinstance(key, (str, int))] if isinstance(keys, list) else []:
         record = storages.get(str(key))
         numel = int.from_bytes(file.read(8), "little")
         start = file.tell()
@@ -204,4 +247,4 @@ def _bytes(buffer: mmap.mmap, place: tuple[int, int]) -> bytes:
 
 
 def _brief(size: tuple[int, ...]) -> str:
-    return f"({', '.join(f'{n:.3g}' if n > 10**9 else str(n) for n in size[:_MAX_DIMENSIONS])})"
+    return f"({', '.join(f'{n:.3g}' if n > 10**9 else str(n) for n in size[:DIMENSIONS])})"

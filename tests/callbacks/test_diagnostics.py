@@ -42,7 +42,7 @@ def test_scoring_records_interference_and_contributions(trained, tmp_path):
     merged = module.merged_state_dict()
     assert np.allclose(arrays["alignment.adapted"], alignment(module.experts, merged))
     for column, task in enumerate(module.tasks):
-        batch = stream.images[task].take(torch.arange(8))
+        batch = stream.images[task].take(torch.from_numpy(arrays[f"sample.{column}"])[:8].long())
         with torch.no_grad():
             expert = module.model(task, batch, module.experts.expert(task), adapted=False).logits.argmax(-1)
             whole = (module.model(task, batch).logits.argmax(-1) == expert).double().mean()

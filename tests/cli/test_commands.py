@@ -230,3 +230,62 @@ def test_version_does_not_import_torch():
     code = "import sys; from adaptive_merge.__main__ import main; main(['--version']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("adaptive-merge ")
+
+
+NO_CONFIGURATIONS = {
+    "notes.txt": "some notes\nof mine\n",
+    "mapping.txt": "title: a\nbody: b\n",
+    "table.csv": "a,b\n1,2\n",
+    "list.yaml": "- a\n- b\n",
+    "empty.yaml": "",
+    "nothing.yaml": "{}\n",
+    "number.yaml": "3\n",
+    "typo.yaml": "modle: {recipe: x}\n",
+    "typo beside.yaml": "model: {recipe: x}\nmodle: {}\n",
+    "null.yaml": "modle:\nmodel: {recipe: x}\n",
+    "inner typo.yaml": "model: {lrr: 1}\n",
+    "trainer typo.yaml": "trainer: {max_stepz: 1}\n",
+    "run typo.yaml": "run: {nmae: x}\n",
+    "suite typo.yaml": "suite: {nmae: embedded}\n",
+    "data typo.yaml": "data: {images_per_tsk: 1}\n",
+    "wrong kind.yaml": "model: {lr: fast}\n",
+    "package.json": '{"name": "x", "version": "1.0.0"}\n',
+    "bytes.yaml": "\x00\x01",
+}
+
+
+@pytest.mark.parametrize("name", NO_CONFIGURATIONS)
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_what_is_no_configuration_is_no_merge(work, capsys, name, command):
+    (work / name).write_text(NO_CONFIGURATIONS[name])
+    rest = {"merge": ["--output", "out"], "export": ["--format", "safetensors", "--output", "out"]}[command]
+    assert main([command, name, *rest]) == 2
+    told = capsys.readouterr()
+    assert not (work / "out").exists() and told.err.startswith("adaptive-merge: ") and "wrote" not in told.out
+
+
+def test_a_misspelt_group_gets_its_neighbour(work, capsys):
+    (work / "typo.yaml").write_text("modle: {}\n")
+    assert main(["merge", "typo.yaml"]) == 2
+    assert "Option 'modle' is not accepted; did you mean 'model'?" in capsys.readouterr().err
+
+
+def test_configurations_with_all_that_fit_takes_are_merged(work):
+    (work / "more.yaml").write_text(
+        "trainer: {max_steps: 3, logger: false}\nrun: {name: x}\nckpt_path: null\nweights_only: true\n"
+    )
+    assert main(["merge", "quick.yaml", "more.yaml", "--output", "out"]) == 0
+
+
+ADAPTED = CONFIG.replace("trainer", "  adapters: [{class_path: FeatureSurgery, init_args: {rank: 2}}]\ntrainer")
+
+
+def test_merge_says_what_it_leaves_out(work, suite_folder, capsys):
+    assert main(["merge", "quick.yaml", "--output", "plain"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    (work / "adapted.yaml").write_text(f"suite: {{name: {suite_folder}}}" + ADAPTED)
+    assert main(["merge", "adapted.yaml", "--output", "adapted"]) == 0
+    told = capsys.readouterr().out
+    assert "left out: FeatureSurgery" in told and "adaptive-merge export adapted.yaml --format safetensors" in told
+    assert main(["export", "adapted.yaml", "--format", "safetensors", "--output", "folder"]) == 0  # as it says
+    assert (work / "folder" / "adapters.safetensors").is_file()

@@ -75,6 +75,7 @@ def test_what_has_not_moved_counts_nothing_in_a_start_by_norm(bank):
         assert found[:, 0].tolist() == pytest.approx([1 / 3] * 3)  # no task has moved it
         assert not found[1, 1:].any()
         assert am.Fixed(name).bind(still)()[1] == 0
+        assert not am.Fixed("norm^-300").bind(bank)().isnan().any()
         assert am.Fixed(name).bind(bank * 0.0)().flatten().tolist() == pytest.approx([1 / 3] * 3)
 
 

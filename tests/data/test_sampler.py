@@ -4,6 +4,7 @@ import torch
 
 import adaptive_merge as am
 from adaptive_merge.data.sampler import draw, shuffled
+from adaptive_merge.engine.identity import of_data
 
 
 def test_draws_are_functions_of_seed_task_and_step():
@@ -57,6 +58,8 @@ def test_shuffled_schedule_gives_one_task_a_step(images):
     ("settings", "message"),
     [
         ({"images_per_task": 0}, "at least one image"),
+        ({"probe_images": 0}, "at least one image, got probe_images=0"),
+        ({"probe_images": 9, "protocol": am.Online()}, "a single pass adapts on every image"),
         ({"sampling": "random"}, "unknown sampling"),
         ({"schedule": "x"}, "unknown schedule"),
     ],
@@ -74,3 +77,30 @@ def test_bad_images():
         am.Images(pixels, torch.zeros(2, dtype=torch.int64), ["a"])
     with pytest.raises(am.InputError, match="there are 2 classes"):
         am.Images(pixels, torch.tensor([0, 1, 2]), ["a", "b"])
+
+
+@pytest.mark.parametrize("sampling", ["fresh", "epoch"])
+@pytest.mark.parametrize("protocol", [None, am.Holdout()])
+def test_a_probe_set_is_all_that_a_run_adapts_on(images, sampling, protocol):
+    settings = {"images_per_task": 6, "sampling": sampling, "protocol": protocol, "start_images": 20}
+    stream = am.TaskStream(images, probe_images=9, **settings)
+    allowed = am.TaskStream(images, **settings).draws.pools
+    for task in images:
+        seen = torch.cat([stream.draws[step][task] for step in range(30)])
+        assert len(seen.unique()) == 9 and set(seen.tolist()) <= set(allowed[task].tolist())
+        assert set(stream.opening(task).tolist()) == set(seen.tolist())
+        assert set(stream.watched(task, 50, 3).tolist()) == set(seen.tolist())
+    other = am.TaskStream(images, probe_images=9, seed=1, **settings)
+    assert any(not torch.equal(stream.draws.pools[task], other.draws.pools[task]) for task in images)
+    scored = am.TaskStream(images, **settings).scored
+    assert all(torch.equal(places, scored[task]) for task, places in stream.scored.items())
+
+
+def test_a_probe_set_larger_than_the_task_is_the_task(images):
+    pools = am.TaskStream(images, probe_images=10_000).draws.pools
+    assert all(torch.equal(pool, torch.arange(len(images[task]))) for task, pool in pools.items())
+
+
+def test_another_probe_set_is_other_data(images):
+    assert of_data(am.TaskStream(images, probe_images=9)) != of_data(am.TaskStream(images))
+    assert "probe images" not in of_data(am.TaskStream(images))  # as files of earlier runs have it

@@ -167,3 +167,24 @@ def test_unknown_distance():
 def test_without_an_expert_nothing_is_taught(objective):
     with pytest.raises(InputError, match="give the expert's prediction"):
         objective.losses(Prediction(torch.randn(2, 4), torch.randn(2, 3)), None)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_temperature_kl_against_float64(temperature, scaled):
+    ours, expert = logits(3.0, 1).requires_grad_(), logits(3.0, 2)
+    q, p = (torch.distributions.Categorical(logits=x.detach().double() / temperature) for x in (ours, expert))
+    factor = temperature**2 if scaled else 1
+    losses = am.ExpertKL(temperature, scaled).losses(Prediction(ours, ours), Prediction(expert, expert))
+    torch.testing.assert_close(losses.double(), factor * torch.distributions.kl_divergence(p, q), atol=2e-6, rtol=1e-5)
+    losses.sum().backward()
+    torch.testing.assert_close(ours.grad.double(), factor / temperature * (q.probs - p.probs), atol=1e-6, rtol=1e-5)
+    assert am.ExpertKL(temperature, scaled).losses(Prediction(ours, ours), Prediction(ours, ours)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf])
+def test_impossible_temperatures(wrong):
+    with pytest.raises(InputError, match="`temperature` is a positive number"):
+        am.ExpertKL(wrong)
+    with pytest.raises(InputError, match="`alpha` is a positive number"):
+        am.Balance(alpha=wrong)

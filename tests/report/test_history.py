@@ -9,11 +9,16 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors import safe_open
 
 import adaptive_merge as am
+from adaptive_merge.adapters.heads import frozen_heads
 from adaptive_merge.callbacks import Diagnostics, History, watchers
 from adaptive_merge.callbacks.record.rate import Rate
 from adaptive_merge.callbacks.show.progress import Progress
+from adaptive_merge.engine.scoring import TaskScore
+from adaptive_merge.engine.views import gain, percent
 from adaptive_merge.files import save_tensors
+from adaptive_merge.report.feature_figures import calibration_error
 from adaptive_merge.runs.reading import read_tensors
+from adaptive_merge.runs.results import evaluate
 
 QUIET = {
     "accelerator": "cpu",
@@ -122,8 +127,78 @@ def test_diagnostics_come_from_the_scoring_passes(parts, tmp_path):
             assert arrays[f"features.{view}.{place}"].shape == (10, 6)
     assert np.allclose(arrays["cosine"].diagonal(), 1) and np.allclose(arrays["cosine"], arrays["cosine"].T)
     assert arrays["distance.initial"].shape == (3,) and (arrays["distance.initial"] > 0).all()
-    own = [arrays[f"correct.individual.{place}"][:2].mean() for place in range(3)]
-    assert np.allclose(arrays["cross"].diagonal(), own)
+    # A quarter of the kept images, spread over them.
+    own = [arrays[f"correct.individual.{place}"][arrays[f"sample.{place}"]][[0, 9]].mean() for place in range(3)]
+    assert np.allclose(arrays["cross"].diagonal(), own) and arrays["crossed"].tolist() == [2, 2, 2]
+
+
+def test_the_sample_is_drawn_from_all_images_by_the_seed(parts, tmp_path):
+    """A data set in the order of its classes: the first images would be one class."""
+    samples = []
+    for number, seed in enumerate((0, 0, 1)):
+        module, stream = parts()
+        stream.seed = seed
+        for images in stream.images.values():
+            images.labels = images.labels.sort().values
+        keeper = Diagnostics(str(tmp_path / str(number)), images=8, cross=True)
+        trainer = pl.Trainer(logger=False, enable_checkpointing=False, callbacks=[keeper], **QUIET)
+        stream.eval_batch_size = 5
+        am.score(trainer, module, stream)
+        arrays, _ = read_tensors(tmp_path / str(number) / "diagnostics.safetensors")
+        for place, task in enumerate(module.tasks):
+            rows, labels = arrays[f"sample.{place}"], arrays[f"label.adapted.{place}"]
+            assert len(rows) == 8 and sorted(set(rows.tolist())) == rows.tolist() and rows.max() < len(labels)
+            pixels = stream.images[task].take(torch.from_numpy(rows))
+            weights = module.views.weights("adapted", task)
+            features = module.model(task, pixels, weights).features.detach().half().numpy()
+            assert np.allclose(features, arrays[f"features.adapted.{place}"], atol=2e-2)
+            if len(set(labels.tolist())) > 2:
+                assert len(set(labels[rows].tolist())) > 1
+        samples.append([arrays[f"sample.{place}"].tolist() for place in range(3)])
+    assert samples[0] == samples[1] != samples[2]
+    assert samples[0] != [list(range(8))] * 3
+
+
+@pytest.mark.parametrize(
+    "share, shown",
+    [(0.7315, 73.2), (float(np.float32(0.7315)), 73.2), (0.73149, 73.1), (0.885, 88.5), (1.0, 100.0), (0.0, 0.0),
+     (0.00049, 0.0), (0.0005, 0.1), (np.float32(0.0005), 0.1), (0.99949, 99.9), (0.9995, 100.0), (2 / 3, 66.7)],
+)  # fmt: skip
+def test_a_share_is_shown_as_one_number(share, shown):
+    assert percent(share) == shown
+
+
+@pytest.mark.parametrize(
+    "after, before, shown", [(0.905, 0.885, 2.0), (0.90499, 0.8851, 2.0), (0.5, 0.5, 0.0), (0.4, 0.5, -10.0)]
+)
+def test_a_gain_is_the_difference_of_what_is_shown(after, before, shown):
+    assert gain(after, before) == shown == round(percent(after) - percent(before), 1)
+
+
+def test_there_is_one_calibration_error(parts, tmp_path):
+    module, stream = parts()
+    keeper = Diagnostics(str(tmp_path), images=10)
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, callbacks=[keeper], **QUIET)
+    found = evaluate(trainer, module, stream)
+    arrays, _ = read_tensors(tmp_path / "diagnostics.safetensors")
+    for view in ("individual", "initial", "adapted"):
+        for place, task in enumerate(module.tasks):
+            drawn = calibration_error(arrays[f"confidence.{view}.{place}"], arrays[f"correct.{view}.{place}"])
+            assert drawn == pytest.approx(found[view][task]["ece"], abs=1e-5)
+
+
+@pytest.mark.parametrize("edge", [1 / 15, 2 / 15, 0.4, 0.6, 1.0])
+def test_a_confidence_on_the_edge_of_a_bin_falls_into_the_same(edge):
+    score = TaskScore(frozen_heads({"a": torch.eye(2)}, ["a"], 2)["a"])
+    edge = max(edge, 0.5)
+    logits = torch.tensor([[float(np.log(edge / max(1 - edge, 1e-30))), 0.0]] * 3 + [[0.2, 0.0]])
+    labels = torch.tensor([0, 1, 0, 1])
+    score.update(am.Prediction(logits, logits), labels)
+    confidence = logits.softmax(-1).amax(-1)
+    correct = (logits.argmax(-1) == labels).float()
+    assert calibration_error(confidence.numpy(), correct.numpy()) == pytest.approx(
+        float(score.compute()["ece"]), abs=1e-6
+    )
 
 
 def test_diagnostics_leave_other_modules_alone(tmp_path):

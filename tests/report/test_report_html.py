@@ -63,7 +63,7 @@ def test_a_figure_that_fails_becomes_a_note(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run")
     for name in OPTIONAL:
         (folder / name).unlink()
-    monkeypatch.setattr("adaptive_merge.report.figures.accuracy_bars", lambda scores: 1 / 0)
+    monkeypatch.setattr("adaptive_merge.report.figures.accuracy_bars", lambda *_: 1 / 0)
     page = page_of(folder)
     assert page.count("<figure") == 2 and "could not be drawn (ZeroDivisionError)" in page
 

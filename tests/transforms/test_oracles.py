@@ -45,6 +45,16 @@ def test_joint_merges(tower, transform, rule):
 
 
 @pytest.mark.parametrize("transform, rule", [(TSVM, oracles.tsvm), (IsoC, oracles.iso_c), (IsoCTS, oracles.iso_cts)])
+def test_where_a_decomposition_does_not_converge(tower, transform, rule, monkeypatch):
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    wanted = oracles.per_tensor(oracles.arrays(tower), rule)
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    assert_same(merged(tower, transform()), wanted)
+
+
+@pytest.mark.parametrize("transform, rule", [(TSVM, oracles.tsvm), (IsoC, oracles.iso_c), (IsoCTS, oracles.iso_cts)])
 def test_split_queries_keys_and_values(tower, transform, rule):
     found = merged(tower, transform(qkv="split"))
     vectors = oracles.arrays(tower)

@@ -43,8 +43,7 @@ def contributions(module: pl.LightningModule, merged: Mapping[str, Tensor], imag
         if task not in images or not len(images[task]):
             continue
         predict = module.model.heads[task].predict
-        known = experts.expert(task)
-        expert = {name: known[name].to(module.device) for name in experts.names}
+        expert = module.views.weights("individual", task)
         target = predict(module.model(task, images[task], expert, adapted=False).logits)
         trials = [{}, *({name: base[name].to(module.device) for name in names} for names in layers.values())]
         rows = [predict(module.model(task, images[task], dict(merged) | trial).logits) == target for trial in trials]

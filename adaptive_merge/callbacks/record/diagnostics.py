@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import defaultdict
@@ -15,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from adaptive_merge.callbacks.record.contributions import contributions, layers_of
+from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_tensors
 from adaptive_merge.runs.interference import alignment, cosines, mask_statistics, sign_conflicts
@@ -34,9 +36,11 @@ class Diagnostics(pl.Callback):
     scoring, `diagnostics.safetensors` holds, i being the place of a task in the metadata's `tasks`:
 
     - `confidence.<view>.<i>`, `correct.<view>.<i>`, `label.<view>.<i>` [n], the last two where there are labels;
-    - `features.<view>.<i>` [m, d] of the first m images;
+    - `features.<view>.<i>` [m, d] of m images drawn from all by the stream's seed, at the places `sample.<i>` [m] of
+      `label.adapted.<i>`; without a `TaskStream` of the first m;
     - `distance.<view>` [T]: mean |feature − expert's feature| on those m images;
-    - `cosine` [T, T] between task vectors, and `cross` [T, T]: accuracy of expert i (row) on task j (column);
+    - `cosine` [T, T] between task vectors, and `cross` [T, T]: accuracy of expert i (row) on task j (column), of
+      `crossed` [T] images of each;
     - of the experts' task vectors, see `runs.interference`: `sign_conflicts` [2, G], by parameter of the metadata's
       `parameters`; `masks.density` [T], `masks.jaccard` [T, T] and `masks.kept_by` [T + 1] of their TALL-masks;
       `alignment.<view>` [T] of merges, the subspace alignment ratio;
@@ -47,7 +51,7 @@ class Diagnostics(pl.Callback):
 
     Args:
         folder: where to write; default: the trainer's log folder.
-        images: images of a task whose features are kept; the experts of other tasks see the first quarter.
+        images: images of a task whose features are kept; the experts of other tasks see a quarter of them.
         cross: whether to run every expert on every task. `"auto"`: on a GPU, or for backbones below 20 M parameters.
         interference: whether to look at signs, masks and subspaces of the task vectors; `"auto"` as for `cross`.
         contributions: images of a task, at most `images`, on which to try each layer's share of the merge; 0: not at
@@ -73,6 +77,8 @@ class Diagnostics(pl.Callback):
         self._merged: Mapping[str, Tensor] = {}
         self._kept: dict[str, list[Tensor]] = defaultdict(list)
         self._sample: dict[str, list[Tensor]] = defaultdict(list)
+        self._chosen: dict[str, Tensor] = {}
+        self._seen: dict[int, int] = defaultdict(int)  # images of a task so far
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the folder; on all ranks, because Lightning broadcasts it."""
@@ -98,18 +104,34 @@ class Diagnostics(pl.Callback):
             self._kept[f"correct.{view}.{place}"].append((predicted == batch["label"]).to(torch.uint8))
             self._kept[f"label.{view}.{place}"].append(batch["label"])
         self._keep_merge(trainer, pl_module, batch["task"])
-        room = self.images - sum(map(len, self._kept[f"features.{view}.{place}"]))
-        if room > 0:
-            self._kept[f"features.{view}.{place}"].append(outputs["features"].detach()[:room].half())
+        kept = self._places(trainer, pl_module, batch, f"features.{view}.{place}")
+        if len(kept):
+            self._kept[f"features.{view}.{place}"].append(outputs["features"].detach()[kept].half())
             if view == _LAST:
-                self._sample[batch["task"]].append(batch["image"][:room])
+                self._kept[f"sample.{place}"].append(self._seen[place] + kept)
+                self._sample[batch["task"]].append(batch["image"][kept])
+        self._seen[place] += len(batch["image"]) if view == _LAST else 0
+
+    def _places(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, name: str) -> Tensor:
+        """Which images of a batch are among those whose features are kept, int64."""
+        task, stream = batch["task"], trainer.datamodule
+        if not isinstance(stream, TaskStream):
+            room = self.images - sum(map(len, self._kept[name]))
+            return torch.arange(max(0, min(room, len(batch["image"]))))
+        if task not in self._chosen:
+            scored = stream.scored[task][trainer.global_rank :: trainer.world_size]
+            seed = int.from_bytes(hashlib.sha256(f"{stream.seed} {task}".encode()).digest()[:7], "little")
+            order = torch.randperm(len(scored), generator=torch.Generator().manual_seed(seed))
+            self._chosen[task] = torch.zeros(len(stream.images[task]), dtype=torch.bool)
+            self._chosen[task][scored[order[: self.images]]] = True
+        return self._chosen[task][batch["index"].cpu()].nonzero().flatten()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write after the last view."""
         if not self._watching(trainer) or pl_module.view != _LAST or not self._kept:
             return
         self._write(pl_module)
-        for kept in (self._kept, self._sample, self._alignment):
+        for kept in (self._kept, self._sample, self._alignment, self._chosen, self._seen):
             kept.clear()
         self._merged = {}
 
@@ -135,7 +157,7 @@ class Diagnostics(pl.Callback):
         arrays["cosine"] = cosines(module.experts.vectors)
         names = {"tasks": list(module.scored_tasks)}
         if self._affords(self.cross, module) and any(name.startswith("label.") for name in arrays):
-            arrays["cross"] = self._cross(module)
+            arrays["cross"], arrays["crossed"] = self._cross(module, arrays)
         if self._affords(self.interference, module):
             masks = mask_statistics(module.experts)
             arrays |= {f"masks.{name}": value for name, value in vars(masks).items()}
@@ -168,16 +190,23 @@ class Diagnostics(pl.Callback):
         _log.info("contributions of the layers: %d forward passes of an image", number)
         return contributions(module, self._merged, images)
 
-    def _cross(self, module: pl.LightningModule) -> Tensor:
-        """[T, T] accuracy of each expert with the head of each task, on the kept images."""
+    def _cross(self, module: pl.LightningModule, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """[T, T] accuracy of each expert with the head of each task, on a quarter of the kept images; and how many."""
         tasks = module.scored_tasks
         result = torch.full((len(tasks), len(tasks)), float("nan"))
+        most, seen = max(1, self.images // 4), {}
+        for column, task in enumerate(tasks):
+            if task in self._sample and f"label.{_LAST}.{column}" in arrays:
+                images = torch.cat(self._sample[task])
+                # Spread over all that are kept: their order is the data set's, which may be that of the classes.
+                spread = torch.linspace(0, len(images) - 1, min(most, len(images))).round().long()
+                seen[column] = images[spread], self._labels(arrays, column)[spread]
         for row, expert in enumerate(tasks):
             weights = module.views.weights("individual", expert)
-            for column, task in enumerate(tasks):
-                labels = self._kept[f"label.{_LAST}.{column}"]
-                if task in self._sample and labels:
-                    images = torch.cat(self._sample[task])[: max(1, self.images // 4)]
-                    predicted = module.model(task, images, weights, adapted=False).logits.argmax(-1)
-                    result[row, column] = (predicted == torch.cat(labels)[: len(images)]).float().mean()
-        return result
+            for column, (images, labels) in seen.items():
+                predicted = module.model(tasks[column], images, weights, adapted=False).logits.argmax(-1).cpu()
+                result[row, column] = (predicted == labels).float().mean()
+        return result, torch.tensor([len(seen[column][1]) if column in seen else 0 for column in range(len(tasks))])
+
+    def _labels(self, arrays: dict[str, Tensor], column: int) -> Tensor:
+        return arrays[f"label.{_LAST}.{column}"][arrays[f"sample.{column}"]]

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from adaptive_merge.callbacks.guard.guard import Guard
 from adaptive_merge.callbacks.record.history import History
 from adaptive_merge.callbacks.show.sturdy import Sturdy
+from adaptive_merge.engine.views import percent
 from adaptive_merge.errors import InputError
 from adaptive_merge.privacy import scrub
 
@@ -152,7 +153,7 @@ def _send(logger: Logger, images: Mapping[str, Any], table: list[list[Any]] | No
 
 def _markdown(columns: list[str], table: list[list[Any]]) -> str:
     """A table whose names cannot end a cell or open a tag."""
-    rows = [[_escape(str(row[0])), *(f"{100 * value:.1f} %" for value in row[1:])] for row in table]
+    rows = [[_escape(str(row[0])), *(f"{percent(value):.1f} %" for value in row[1:])] for row in table]
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows])
 
 

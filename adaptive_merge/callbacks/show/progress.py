@@ -13,6 +13,7 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElap
 from rich.progress import Progress as Bar
 
 from adaptive_merge.callbacks.record.rate import Rate, count_images
+from adaptive_merge.engine.views import percent
 from adaptive_merge.errors import InputError
 
 __all__ = ["Progress"]
@@ -142,7 +143,7 @@ class Progress(ProgressBar):
         value = trainer.callback_metrics.get(f"{view}/{measure}")
         if self._enabled and not self.console.is_terminal and value is not None:
             words = "" if measure == "accuracy" else f" {measure}"
-            self._say(f"scored the {_VIEW_WORDS.get(view, view)}: {100 * float(value):.1f} %{words}")
+            self._say(f"scored the {_VIEW_WORDS.get(view, view)}: {percent(float(value)):.1f} %{words}")
 
     def _words(self, trainer: pl.Trainer, step: int) -> str:
         """Loss, entropy, images a second, time left."""
