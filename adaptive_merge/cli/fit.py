@@ -30,6 +30,7 @@ from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import AdaptiveMergeError, InputError
 from adaptive_merge.limits import VALUES, check_names, check_nesting
+from adaptive_merge.runs.backdoor import attack_success
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
 from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run, undoing
@@ -303,6 +304,8 @@ class AdaptiveMergeCLI(LightningCLI):
             guard=guard.record() if guard else None,
             notes=self._get(self.config_init, "suite").notes,
         )
+        if trigger := self._get(self.config_init, "suite").trigger:
+            results["backdoor"] = attack_success(self.model, self.datamodule, trigger)
         publish(results, self.folder)
         if self.trainer.is_global_zero and self.settings.run.report:
             from adaptive_merge.report.html import report_run  # here, because matplotlib takes a second to import

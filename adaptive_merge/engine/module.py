@@ -21,6 +21,7 @@ from adaptive_merge.engine.choices import experts_of, merged_of
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
+from adaptive_merge.engine.perturb import check_share
 from adaptive_merge.engine.replay import replay
 from adaptive_merge.engine.scored import ScoredModule
 from adaptive_merge.engine.scoring import TaskScore
@@ -223,6 +224,7 @@ class AdaptiveMerge(ScoredModule):
             merged = self.merged_experts
             self.go_on_from(begin(self.start, self.model, merged, self.trainer, self._parts, self.start_folder))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
+        check_share(self.stages, self._owns_tasks())
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
     def teardown(self, stage: str) -> None:
@@ -285,11 +287,15 @@ class AdaptiveMerge(ScoredModule):
         """Say which method and data the few kilobytes belong to; the recipe's label is for people."""
         data = self._data or identity.of_data(None)
         checkpoint["adaptive_merge"] = {"recipe": self.recipe, "method": self.recorded_method, "data": data}
+        states = [stage.objective.state_dict() for stage in self.stages]
+        checkpoint |= {"objectives": states} if any(states) else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what was learned by another method or, to go on learning, on other data."""
         going_on = self._trainer is not None and self._trainer.training
         identity.check(checkpoint, self.method, self._data if going_on else None)
+        for stage, state in zip(self.stages, checkpoint.get("objectives", ())):
+            stage.objective.load_state_dict(state)
 
     def enter(self, stage: Stage) -> Objective:
         """Let learn what learns in a stage; its objective."""
@@ -302,7 +308,8 @@ class AdaptiveMerge(ScoredModule):
     def _joint(self, objective: Objective, batch: Batch) -> bool:
         """Whether a step is one graph; the same answer on all processes."""
         changes = self.coefficients.learns or not self.model.plain_tower  # else features are cached
-        fits = self.model.shares_tower and changes and not objective.needs_blocks
+        bare = not objective.needs_blocks and not objective.perturbs
+        fits = self.model.shares_tower and changes and bare
         if self.accumulate != "auto" or not fits:
             return fits and self.accumulate == "joint"
         if self._small is None:
