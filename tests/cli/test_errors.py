@@ -202,9 +202,8 @@ def test_a_folder_that_cannot_be_is_refused(work, capsys, name, reason):
 
 def test_no_run_folder_is_left_where_the_first_step_is_not_reached(work, capsys):
     stop = "[{class_path: EarlyStopping, init_args: {monitor: nope}}]"
-    error = refusal(
-        capsys, "fit", "--config", "quick.yaml", "--trainer.callbacks", stop, "--trainer.val_check_interval=1"
-    )
+    command = ["fit", "--config", "quick.yaml", "--trainer.callbacks", stop, "--trainer.val_check_interval=1"]
+    error = refusal(capsys, *command)
     assert "nope" in error and [path.name for path in work.iterdir()] == ["quick.yaml"]
     (work / "runs" / "quick").mkdir(parents=True)
     (work / "runs" / "quick" / "mine.txt").write_text("mine")
