@@ -176,10 +176,11 @@ def _read_curves(path: Path, notes: list[str]) -> dict[str, Curve]:
                 step = float(row["step"])
                 for key, value in row.items():
                     if value and key and key.startswith("train/"):
-                        points[key].append((step, float(value)))
+                        point = (step, float(value))  # first, so that what is no number leaves no empty curve
+                        points[key].append(point)
     except (ValueError, KeyError, TypeError, csv.Error):
         notes.append("metrics.csv is damaged: curves hold what could be read.")
-    return {key: (np.array(found)[:, 0], np.array(found)[:, 1]) for key, found in points.items()}
+    return {key: (np.array(found)[:, 0], np.array(found)[:, 1]) for key, found in points.items() if found}
 
 
 def _read_history(path: Path, notes: list[str]) -> History | None:
