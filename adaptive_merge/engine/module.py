@@ -106,11 +106,11 @@ class AdaptiveMerge(ScoredModule):
         if not kept:
             raise InputError("all tasks are left out; keep at least one to merge and to adapt on")
         merged = task_vectors.select(kept) if unseen else task_vectors
+        before = merged
         for transform in transforms:
             merged = transform(merged)
-        self.model = AdaptedModel(
-            MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
-        )
+        tower = MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank, before)
+        self.model = AdaptedModel(tower, heads, adapters, self.unseen)
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]

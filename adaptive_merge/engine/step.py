@@ -67,9 +67,11 @@ class Step:
         if not self.batch:  # more processes than tasks
             return self._idle(joint=True)
         images = torch.cat([part["image"] for part in self.batch.values()])
-        features = self.model.shared_features(images).split([len(part["image"]) for part in self.batch.values()])
-        pairs = zip(self.batch, features)
-        return torch.stack([self._loss(task, self.model(task, None, features=part)) for task, part in pairs]).sum()
+        sizes, features = [len(part["image"]) for part in self.batch.values()], self.model.shared_features(images)
+        scores = self.model.scores(len(images))
+        parts = zip(self.batch, features.split(sizes), [None] * len(sizes) if scores is None else scores.split(sizes))
+        losses = [self._loss(task, self.model(task, None, features=part, scores=own)) for task, part, own in parts]
+        return torch.stack(losses).sum()
 
     def per_task(self, features: Mapping[str, Tensor | None]) -> Tensor:
         """One task after the other: collect gradients in leaves, then inject them.

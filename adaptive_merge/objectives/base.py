@@ -27,12 +27,16 @@ class Prediction:
         blocks: mean token [B, width] after each block, where an objective looks at them.
         statistics: [S], what `Objective.statistics` gives for the images, averaged over all images of the task on all
             processes; None outside a step.
+        scores: [B, T] of the model's route, where it has one: the largest is an image's task.
+        row: the task's position among the merged ones; None for others.
     """
 
     features: Tensor
     logits: Tensor
     blocks: tuple[Tensor, ...] = ()
     statistics: Tensor | None = None
+    scores: Tensor | None = None
+    row: int | None = None
 
 
 class Objective(ABC):
