@@ -19,12 +19,13 @@ from adaptive_merge.engine.begin import Begun, begin, rebased
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
-from adaptive_merge.engine.scored import ScoredModule
+from adaptive_merge.engine.scored import CloseBank, ScoredModule
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import bound_waiting, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
+from adaptive_merge.engine.unknown import TaskName, check_protocol, check_task_name
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
@@ -68,6 +69,7 @@ class AdaptiveMerge(ScoredModule):
         bank: `"resident"`: the bank is held on each device. `"streamed"`: it stays in host memory and crosses to
             the device piece by piece, twice a step. `"sharded"`: each process holds one slice of it on its device;
             weights and their gradients are exchanged every step. All learn the same.
+        task: `"unknown"`: scored without the name of an image's task; the adapters' route picks the head.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class AdaptiveMerge(ScoredModule):
         cache: str | None = None,
         unseen: Sequence[str] = (),
         bank: BankKind = "resident",
+        task: TaskName = "known",
     ) -> None:
         super().__init__()
         if accumulate not in ("auto", "joint", "per_task"):
@@ -100,9 +103,9 @@ class AdaptiveMerge(ScoredModule):
         self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
         self.betas, self.weight_decay = betas, weight_decay
         self.experts, self.unseen = task_vectors, tuple(unseen)
-        for task in (task for task in self.unseen if task not in task_vectors.tasks):
-            raise InputError(f"there is no task {task!r} to leave out{did_you_mean(task, task_vectors.tasks)}")
-        kept = [task for task in task_vectors.tasks if task not in self.unseen]
+        for one in (one for one in self.unseen if one not in task_vectors.tasks):
+            raise InputError(f"there is no task {one!r} to leave out{did_you_mean(one, task_vectors.tasks)}")
+        kept = [one for one in task_vectors.tasks if one not in self.unseen]
         if not kept:
             raise InputError("all tasks are left out; keep at least one to merge and to adapt on")
         merged = task_vectors.select(kept) if unseen else task_vectors
@@ -114,7 +117,9 @@ class AdaptiveMerge(ScoredModule):
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in task_vectors.tasks)
+        self.task = check_task_name(task, self.model, recipe)
+        routed = (len(kept) * (self.model.route is not None), task == "unknown")
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[t], *routed) for t in task_vectors.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
@@ -204,7 +209,7 @@ class AdaptiveMerge(ScoredModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """One for what modules have no hook for; this is also the last hook before the processes form their group."""
         bound_waiting(self.trainer.strategy)
-        return [_CloseBank()]
+        return [CloseBank()]
 
     def setup(self, stage: str) -> None:
         """Check that module and stream agree on the tasks, share the bank out, and make plain DDP fit."""
@@ -212,6 +217,8 @@ class AdaptiveMerge(ScoredModule):
         if stream and set(stream.protocol.unseen) != set(self.unseen):
             left_out = [list(stream.protocol.unseen), list(self.unseen)]
             raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
+        if stream and self.task == "unknown":
+            check_protocol(stream.protocol)
         if stage == "fit":
             self._data = identity.of_data(getattr(self.trainer, "datamodule", None))
         if self.start is not None and self.begun is None:
@@ -310,11 +317,3 @@ class AdaptiveMerge(ScoredModule):
         self.log_dict({f"train/{task}/entropy": value for task, value in entropies.items()}, batch_size=1)
         if kept:
             self.log("train/kept", torch.stack(list(kept.values())).mean(), batch_size=1)
-
-
-class _CloseBank(pl.Callback):
-    """After an error a process merges alone again: it may have something to save."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(pl_module, AdaptiveMerge):
-            pl_module.model.backbone.placement.close()

@@ -16,10 +16,11 @@ from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
+from adaptive_merge.engine.unknown import TaskName, predict
 from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["ScoredModule"]
+__all__ = ["CloseBank", "ScoredModule"]
 
 
 class ScoredModule(pl.LightningModule):
@@ -31,6 +32,8 @@ class ScoredModule(pl.LightningModule):
     views: FrozenViews
     scores: ListOf[TaskScore]
     begun: Begun | None
+    recipe: str
+    task: TaskName
     view: View = "adapted"
     _compares = False
 
@@ -92,6 +95,18 @@ class ScoredModule(pl.LightningModule):
         finally:
             self.view, self._compares = before, False
 
+    def predict(self, images: Tensor, task: str | None = None) -> tuple[list[str], list[Tensor]]:
+        """The task and the predicted classes of each image, in evaluation mode.
+
+        Args:
+            images: [B, …].
+            task: of all images; None: the route says it, image by image.
+
+        Raises:
+            InputError: no task for a model without a route, or with adapters that need it.
+        """
+        return predict(self.model, images.to(self.model.backbone.device), task, self.recipe)
+
     @property
     def _stream(self) -> TaskStream | None:
         """The trainer's data module, where it is a stream of ours."""
@@ -113,3 +128,11 @@ class ScoredModule(pl.LightningModule):
     def _source(self, task: str) -> Any:
         """The images that a batch's indices point into; None in a loop without a TaskStream."""
         return self._stream.images.get(task) if self._stream else None
+
+
+class CloseBank(pl.Callback):
+    """After an error a process merges alone again: it may have something to save."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, ScoredModule):
+            pl_module.model.backbone.placement.close()

@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.engine.scoring import CRITERIA
+from adaptive_merge.engine.scoring import CRITERIA, ROUTED
 from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.runs.online import prequential
 
@@ -46,7 +46,13 @@ def evaluate(
         found[view] = {
             task: {
                 name: float(metrics[key])
-                for name in ("accuracy", "ece", *CRITERIA)
+                for name in (
+                    "accuracy",
+                    "ece",
+                    *CRITERIA,
+                    *ROUTED,
+                    *(f"gate {row}" for row in range(len(module.tasks))),
+                )
                 if (key := f"{view}/{task}/{name}") in metrics
             }
             for task in module.scored_tasks
@@ -103,6 +109,8 @@ def summary(
         }
         found["online"] = {"final": scores["adapted"], "tasks": {task: asdict(one) for task, one in passes.items()}}
         scores["adapted"] = {task: one.accuracy for task, one in passes.items()}
+    if module.model.route is not None:
+        found["routing"] = _routing(module, evaluation["adapted"])
     sizes = found["protocol"]["scored_on"]
     found["tasks"] = {
         task: {"n": sizes[task]} | {view: scores[view][task] for view in scores} for task in module.scored_tasks
@@ -133,11 +141,16 @@ def table(results: Mapping[str, Any]) -> Table:
     started = "anchor" in results["average"]
     for name in ("pre-trained", "individual", "merged", *(["start"] * started), "adapted", "gain"):
         view.add_column(name, justify="right")
+    routing = results.get("routing")
+    for name in ("task found", "task known", "task unknown") if routing else ():
+        view.add_column(name, justify="right")
     unseen = results.get("unseen", {"tasks": []})
     for task, row in results["tasks"].items():
-        view.add_row(f"{task} (unseen)" if task in unseen["tasks"] else task, *_cells(row))
+        view.add_row(
+            f"{task} (unseen)" if task in unseen["tasks"] else task, *_cells(row), *_routed_cells(routing, task)
+        )
     view.add_section()
-    view.add_row("average", *_cells(results["average"]), style="bold")
+    view.add_row("average", *_cells(results["average"]), *_routed_cells(routing), style="bold")
     if unseen["tasks"]:
         view.add_row("average of the unseen", *_cells(unseen["average"]), style="bold")
     return view
@@ -155,6 +168,7 @@ def footing(results: Mapping[str, Any]) -> str:
     words = {"online": ", each predicted before it was used"}.get(protocol["name"], "")
     if corruption := results.get("corruption"):
         words += f"; {corruption['kind']}, severity {corruption['severity']}"
+    words += "; the task unknown" * (results.get("routing", {}).get("task") == "unknown")
     return f"protocol {protocol['name']}: adapted on {adapted:,} images, scored on {scored:,}{words}"
 
 
@@ -171,6 +185,24 @@ def _cells(row: Mapping[str, float]) -> list[str]:
     gain = row["adapted"] - row.get("anchor", row["initial"])
     shown = [view for view in (*VIEWS[:2], "anchor", *VIEWS[2:]) if view in row]
     return [*(f"{100 * row[view]:.1f}" for view in shown), f"{100 * gain:+.1f}"]
+
+
+def _routed_cells(routing: Mapping[str, Any] | None, task: str | None = None) -> list[str]:
+    """How a route does on a task, or on average."""
+    row = {} if routing is None else routing["average"] if task is None else routing["tasks"].get(task, {})
+    return [f"{100 * row[name]:.1f}" for name in ROUTED if name in row]
+
+
+def _routing(module: AdaptiveMerge, rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Task → how often the route finds it, accuracy with the task known and unknown, and the mean score of each task."""
+    tasks = {
+        task: {name: rows[task][name] for name in ROUTED}
+        | {"scores": [round(rows[task][f"gate {row}"], 6) for row in range(len(module.tasks))]}
+        for task in module.tasks
+        if "routing" in rows[task]
+    }
+    average = {name: sum(row[name] for row in tasks.values()) / max(len(tasks), 1) for name in ROUTED}
+    return {"task": module.task, "tasks": tasks, "average": average}
 
 
 def _means(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:
