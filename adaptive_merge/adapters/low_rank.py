@@ -21,7 +21,6 @@ from adaptive_merge.adapters.heads import Head
 from adaptive_merge.adapters.route import Layer, Route, as_tokens, layers_of
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
-from adaptive_merge.transforms.matrices import svd
 
 __all__ = ["LowRankRoute"]
 
@@ -52,7 +51,7 @@ class LowRankRoute(Route):
     def _factor(self, name: str, differences: Tensor) -> None:
         """`name.right`: Vₜᵀ [T, k, in]; `name.left`: Uₜ Sₜ [T, out, k]."""
         kept = min(max(self.kept(min(differences.shape[1:])), 1), *differences.shape[1:])
-        parts = [svd(matrix) for matrix in differences]
+        parts = [torch.linalg.svd(matrix, full_matrices=False) for matrix in differences]
         self.frozen[f"{name}.right"] = torch.stack([vt[:kept] for _, _, vt in parts]).float()
         self.frozen[f"{name}.left"] = torch.stack([u[:, :kept] * s[:kept] for u, s, _ in parts]).float()
 

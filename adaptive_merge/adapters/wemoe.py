@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,10 @@ class WEMoE(Route):
         hidden: width of the router; None: that of the tower, as published.
     """
 
-    shared = False
+    shared: ClassVar[bool] = False
     """Whether one router serves all blocks."""
+
+    routers: nn.ModuleList
 
     def __init__(self, hidden: int | None = None) -> None:
         super().__init__()
@@ -65,8 +68,7 @@ class WEMoE(Route):
     def _mix(self, layer: Layer, bank: TaskVectors, task: None, tokens: Tensor, output: Tensor) -> Tensor:
         place = self.gated.index(layer.block)
         if len(self.seen) <= place:  # the first layer of its MLP
-            router = self.routers[0 if self.shared else place]
-            self.seen.append(router(as_tokens(tokens)).float().mean(1))
+            self.seen.append(self.routers[0 if self.shared else place](as_tokens(tokens)).float().mean(1))
         gates = self.seen[place].to(output.dtype)
         mixed = mixed_product(tokens.to(output.dtype), gates, self.vectors(layer.weight, bank).to(output))
         if layer.bias is not None:

@@ -75,7 +75,7 @@ class TaskScore(Metric):
             self.compared = self.compared + len(labels) * torch.stack([torch.ones_like(agreed), *found])
 
     def _route(self, scores: Tensor, row: int | None, predicted: Tensor, labels: Tensor) -> None:
-        here = scores.argmax(1) == row
+        here = scores.argmax(1).eq(-1 if row is None else row)
         counts = torch.stack([torch.ones_like(here), here], 1)
         self.routed = self.routed + torch.cat([counts, scores.detach().float()], 1).sum(0)
         self.sent.update(predicted.where(here.repeat_interleave(len(predicted) // len(here)), -1), labels)

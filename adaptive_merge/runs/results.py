@@ -194,7 +194,7 @@ def _routed_cells(routing: Mapping[str, Any] | None, task: str | None = None) ->
 
 
 def _routing(module: AdaptiveMerge, rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Task → how often the route finds it, accuracy with the task known and unknown, and the mean score of each task."""
+    """Task → how often the route finds it, accuracy with the task known and unknown, mean score of each task."""
     tasks = {
         task: {name: rows[task][name] for name in ROUTED}
         | {"scores": [round(rows[task][f"gate {row}"], 6) for row in range(len(module.tasks))]}
