@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Site
@@ -78,9 +77,8 @@ class WEMoE(Route):
 
 
 def _router(width: int, hidden: int, tasks: int) -> nn.Sequential:
-    layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, tasks))
-    with torch.no_grad():
-        for layer in (layers[0], layers[2]):
-            layer.weight.normal_(std=0.01)
-            layer.bias.zero_()
-    return layers
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, tasks)
+    for layer in (first, last):
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.ReLU(), last)
