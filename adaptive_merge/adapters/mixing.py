@@ -41,7 +41,7 @@ def mixed_product(tokens: Tensor, gates: Tensor, vectors: Tensor) -> Tensor:
         mixed = torch.einsum("bnto,bt->bno", products, gates)
     else:
         mixed = _Mixed.apply(rows, gates.to(rows.dtype), vectors.to(rows.dtype))
-    return mixed.view(*tokens.shape[:-1], -1)
+    return mixed.view(*tokens.shape[:-1], vectors.shape[1])
 
 
 class _Mixed(torch.autograd.Function):
