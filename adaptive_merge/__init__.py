@@ -15,7 +15,7 @@ _HOMES = {
     "data": ["Corruption", "Holdout", "Images", "Online", "Protocol", "TaskStream", "Transductive", "Unseen"],
     "engine.module": ["AdaptiveMerge"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
-    "export": ["export_model", "load_adapters", "save_adapters"],
+    "export": ["export_model", "load_adapters", "load_module", "save_adapters"],
     "adapters.heads": ["CosineHead", "Head", "LinearHead"],
     "merge": ["MergedBackbone", "TaskVectors"],
     "objectives.base": ["Prediction"],

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from adaptive_merge.adapters.heads import Head
 from adaptive_merge.adapters.wemoe import WEMoE
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
@@ -35,17 +32,17 @@ class EWEMoE(WEMoE):
             raise InputError(f"the density of a pruned task vector lies in (0, 1], got {density}")
         self.density = density
 
-    def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
-        super().create(backbone, heads)
-        for layer in self.layers:
-            for name in filter(None, (layer.weight, layer.bias)):
-                self._prune(name, backbone.task_vectors.of(name).flatten(1))
+    def freeze(self, backbone: MergedBackbone) -> dict[str, Tensor]:
+        bank = backbone.task_vectors
+        frozen: dict[str, Tensor] = {}
+        for name in (name for layer in self.layers for name in (layer.weight, layer.bias) if name):
+            vectors = bank.of(name).flatten(1)
+            places = vectors.abs().topk(max(round(self.density * vectors.shape[1]), 1), 1).indices
+            frozen |= {f"{name}.values": vectors.gather(1, places), f"{name}.places": places.int()}
+        return frozen
 
-    def _prune(self, name: str, vectors: Tensor) -> None:
-        kept = max(round(self.density * vectors.shape[1]), 1)
-        places = vectors.abs().topk(kept, 1).indices
-        self.frozen[f"{name}.values"] = vectors.gather(1, places)
-        self.frozen[f"{name}.places"] = places.int()
+    def tensors(self, bank: TaskVectors) -> dict[str, Tensor]:
+        return self.frozen
 
     def vectors(self, name: str, bank: TaskVectors) -> Tensor:
         values, places = self.frozen[f"{name}.values"], self.frozen[f"{name}.places"]

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptive_merge.adapters.base import Site
-from adaptive_merge.adapters.heads import Head
 from adaptive_merge.adapters.route import Layer, Route, as_tokens, layers_of
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
@@ -28,17 +27,22 @@ __all__ = ["LowRankRoute"]
 class LowRankRoute(Route):
     """A route over low-rank experts on a fixed merge, made once by singular value decomposition; see the module."""
 
-    def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
+    def place(self, backbone: MergedBackbone) -> None:
         if backbone.coefficients.learns:
             raise InputError(
                 f"{type(self).__name__} holds what the experts have beyond a merge that stays as it is; choose fixed "
                 "coefficients, such as Fixed(0.3)"
             )
-        self.layers, merged = layers_of(backbone, attention=True), backbone.merge()
+        self.layers = layers_of(backbone, attention=True)
+
+    def freeze(self, backbone: MergedBackbone) -> dict[str, Tensor]:
+        merged = backbone.merge()
+        frozen: dict[str, Tensor] = {}
         for layer in self.layers:
-            self._factor(layer.weight, _beyond(backbone, merged, layer.weight))
+            frozen |= self._factors(layer.weight, _beyond(backbone, merged, layer.weight))
             if layer.bias is not None:
-                self.frozen[layer.bias] = _beyond(backbone, merged, layer.bias).float()
+                frozen[layer.bias] = _beyond(backbone, merged, layer.bias).float()
+        return frozen
 
     @abstractmethod
     def kept(self, full: int) -> int:
@@ -48,12 +52,12 @@ class LowRankRoute(Route):
     def gates(self, layer: Layer, tokens: Tensor) -> Tensor:
         """g for tokens [B, N, in] of a layer: [B, N, T], or [B, 1, T] where an image's tokens have the same."""
 
-    def _factor(self, name: str, differences: Tensor) -> None:
+    def _factors(self, name: str, differences: Tensor) -> dict[str, Tensor]:
         """`name.right`: Vₜᵀ [T, k, in]; `name.left`: Uₜ Sₜ [T, out, k]."""
         kept = min(max(self.kept(min(differences.shape[1:])), 1), *differences.shape[1:])
         parts = [torch.linalg.svd(matrix, full_matrices=False) for matrix in differences]
-        self.frozen[f"{name}.right"] = torch.stack([vt[:kept] for _, _, vt in parts]).float()
-        self.frozen[f"{name}.left"] = torch.stack([u[:, :kept] * s[:kept] for u, s, _ in parts]).float()
+        right, left = [vt[:kept] for _, _, vt in parts], [u[:, :kept] * s[:kept] for u, s, _ in parts]
+        return {f"{name}.right": torch.stack(right).float(), f"{name}.left": torch.stack(left).float()}
 
     def sites(self, backbone: MergedBackbone, weights: Mapping[str, Tensor]) -> Mapping[str, Site]:
         self.seen = []

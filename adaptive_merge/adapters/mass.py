@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_merge.adapters.heads import Head
 from adaptive_merge.adapters.low_rank import LowRankRoute
 from adaptive_merge.adapters.route import Layer, as_tokens
 from adaptive_merge.errors import InputError
@@ -54,8 +53,8 @@ class MASS(LowRankRoute):
         self.blocks = None if blocks is None else list(blocks)
         self.rank, self.threshold, self.most, self.temperature = rank, threshold, most, temperature
 
-    def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
-        super().create(backbone, heads)
+    def place(self, backbone: MergedBackbone) -> None:
+        super().place(backbone)
         depth = len(backbone.blocks)
         chosen = [3 * depth // 4] if self.blocks is None else self.blocks
         if not chosen or not all(0 <= number < depth for number in chosen):

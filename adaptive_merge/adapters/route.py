@@ -13,6 +13,7 @@ from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
+from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["Layer", "Route", "as_tokens", "layers_of"]
 
@@ -35,6 +36,21 @@ class Route(Adapter):
         self.frozen: dict[str, Tensor] = {}
         self.seen: list[Tensor] = []
         """Gates [B, T] of the forward that ran last, one for each place that has a gate."""
+
+    def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
+        self.place(backbone)
+        self.frozen = self.freeze(backbone)
+
+    def place(self, backbone: MergedBackbone) -> None:
+        """Choose the layers and create what learns; of the backbone only the structure is looked at."""
+
+    def freeze(self, backbone: MergedBackbone) -> dict[str, Tensor]:
+        """What is made of the bank once; default: nothing."""
+        return {}
+
+    def tensors(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """All that it needs of the experts, so that with these in `frozen` it works without a bank."""
+        return self.frozen
 
     def scores(self) -> Tensor:
         """[B, T] of the forward that ran last; the largest is the task of an image. Default: the mean of the gates."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_merge.adapters.heads import Head
 from adaptive_merge.adapters.low_rank import LowRankRoute
 from adaptive_merge.adapters.route import Layer, mean_token
 from adaptive_merge.errors import InputError
@@ -38,8 +37,8 @@ class Twin(LowRankRoute):
             raise InputError(f"Twin needs a rank in (0, 1] and a hidden width of at least 1, got {rank} and {hidden}")
         self.rank, self.hidden = rank, hidden
 
-    def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
-        super().create(backbone, heads)
+    def place(self, backbone: MergedBackbone) -> None:
+        super().place(backbone)
         width = backbone.block_width()
         layers = (nn.LayerNorm(width), nn.Linear(width, self.hidden), nn.LeakyReLU())
         self.router = nn.Sequential(*layers, nn.Linear(self.hidden, len(self.tasks)))

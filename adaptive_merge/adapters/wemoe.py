@@ -12,7 +12,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Site
-from adaptive_merge.adapters.heads import Head
 from adaptive_merge.adapters.mixing import mixed_product
 from adaptive_merge.adapters.route import Layer, Route, as_tokens, layers_of
 from adaptive_merge.errors import InputError
@@ -48,7 +47,7 @@ class WEMoE(Route):
             raise InputError(f"a router has a width of at least 1, got hidden {hidden}")
         self.hidden = hidden
 
-    def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
+    def place(self, backbone: MergedBackbone) -> None:
         self.layers = layers_of(backbone, attention=False)
         self.gated = list(dict.fromkeys(layer.block for layer in self.layers))
         width = backbone.task_vectors.of(self.layers[0].weight).shape[-1]
@@ -62,7 +61,10 @@ class WEMoE(Route):
 
     def vectors(self, name: str, bank: TaskVectors) -> Tensor:
         """τ of a parameter, [T, *shape]."""
-        return bank.of(name)
+        return self.frozen[name] if name in self.frozen else bank.of(name)
+
+    def tensors(self, bank: TaskVectors) -> dict[str, Tensor]:
+        return {name: bank.of(name) for layer in self.layers for name in (layer.weight, layer.bias) if name}
 
     def _mix(self, layer: Layer, bank: TaskVectors, task: None, tokens: Tensor, output: Tensor) -> Tensor:
         place = self.gated.index(layer.block)

@@ -97,7 +97,7 @@ class AdaptedModel(nn.Module):
         means: list[Tensor] = []
         if features is None:
             features = self._features(task, images, weights, adapters, means if blocks else None)
-            scores = self.scores(len(features)) if adapters else None
+            scores = self.scores(features.shape[0]) if adapters else None
         prediction = self._classify(task, features, adapters, tuple(mean[: features.shape[0]] for mean in means))
         return replace(prediction, scores=scores, row=self.tasks.index(task)) if adapters else prediction
 

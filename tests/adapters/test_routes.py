@@ -70,14 +70,13 @@ def batch(images, count=3):
 
 def routes():
     torch.manual_seed(3)
-    made = {
+    return {
         "wemoe": am.WEMoE(),
         "e_wemoe": am.EWEMoE(0.5),
         "smile": am.SMILE(3, 2),
         "mass": am.MASS(rank=0.5),
         "twin": am.Twin(0.5, 8),
     }
-    return made
 
 
 def loud(module):
@@ -274,9 +273,7 @@ def test_twins_exclusive_knowledge_has_the_leading_singular_values(build, expert
 
 def test_the_stream_teaches_twin_which_task_an_image_is_of(build, images):
     marked = {
-        task: am.Images(
-            torch.full_like(part.take(torch.arange(24)).movedim(1, 3), 80 * row), part.labels[:24], part.classes
-        )
+        task: am.Images(torch.full((24, 4, 4, 3), 80 * row, dtype=torch.uint8), part.labels[:24], part.classes)
         for row, (task, part) in enumerate(images.items())
     }
     module = build(am.Twin(0.5, 16), objective=am.Stream(), lr=0.02, task="unknown")
