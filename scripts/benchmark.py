@@ -9,6 +9,7 @@ In one process, alternating round by round:
     python scripts/benchmark.py --model vit_b_32 --tasks 8 --images 1 16 --json bench.json
     python scripts/benchmark.py --start --model vit_b_32 --tasks 8 --images 16
 
+With --wemoe: (e) a step of WEMoE against (b).
 With --start: (d) a start in closed form from the images, once, against (b), which then is one epoch of them.
 
 Peak memory is taken in a process of its own per contender, because a process never gives its peak back. Times
@@ -142,6 +143,20 @@ def naive(backbone, bank, heads, batch) -> Callable[[], None]:
     return step
 
 
+def wemoe(backbone, bank, heads, batch) -> Callable[[], None]:
+    """One step of WEMoE on task arithmetic, otherwise as `ours`."""
+    module = am.AdaptiveMerge(bank, backbone, heads, adapters=[am.WEMoE()]).to(bank.device)
+    module.log = module.log_dict = lambda *_, **__: None
+    optimizer = torch.optim.Adam(module.model.adapters.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+
+    return step
+
+
 def start(backbone, bank, heads, batch) -> Callable[[], None]:
     """The compensated regression from the mean of the experts."""
     anchor = bank.pretrained.clone()
@@ -255,6 +270,7 @@ def main() -> None:
     parser.add_argument("--without", choices=CONTENDERS, nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
     parser.add_argument("--start", action="store_true", help="only: a start against an epoch of AdaMerging")
+    parser.add_argument("--wemoe", action="store_true", help="only: a step of WEMoE against one of AdaMerging")
     parser.add_argument("--surgery", action="store_true", help="only: adapter updates on kept outputs, ViT-B/32")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
@@ -264,9 +280,8 @@ def main() -> None:
             print(f"{name}: {value:.4g}{'' if name == 'ratio' else ' s'}")
         return
     libraries = resident_peak()  # a process of the same imports has as much before it begins
-    contenders = tuple(
-        name for name in (("start", "ours") if options.start else CONTENDERS) if name not in options.without
-    )
+    pair = ("start", "ours") if options.start else ("wemoe", "ours") if options.wemoe else CONTENDERS
+    contenders = tuple(name for name in pair if name not in options.without)
     rows = []
     for model in options.model:
         for tasks in options.tasks:
@@ -342,6 +357,8 @@ def ratios(row: dict) -> dict[str, float]:
         found["naive / ours"] = seconds["naive"] / seconds["ours"]
     if "ours" in seconds:
         found["naive merge / ours"] = seconds["naive merge + gradient"] / (seconds["merge"] + seconds["gradient"])
+    if "wemoe" in seconds:
+        found["wemoe / ours"] = seconds["wemoe"] / seconds["ours"]
     if "start" in seconds:
         found["start / ours"] = seconds["start"] / seconds["ours"]
     if "ours bf16" in seconds:

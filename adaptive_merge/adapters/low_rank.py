@@ -21,7 +21,7 @@ from adaptive_merge.adapters.route import Layer, Route, as_tokens, layers_of
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
 
-__all__ = ["LowRankRoute"]
+__all__ = ["LowRankRoute", "pretrained"]
 
 
 class LowRankRoute(Route):
@@ -39,9 +39,9 @@ class LowRankRoute(Route):
         merged = backbone.merge()
         frozen: dict[str, Tensor] = {}
         for layer in self.layers:
-            frozen |= self._factors(layer.weight, _beyond(backbone, merged, layer.weight))
+            frozen |= self._factors(layer.weight, self.own(backbone, merged, layer.weight))
             if layer.bias is not None:
-                frozen[layer.bias] = _beyond(backbone, merged, layer.bias).float()
+                frozen[layer.bias] = self.own(backbone, merged, layer.bias).float()
         return frozen
 
     @abstractmethod
@@ -51,6 +51,11 @@ class LowRankRoute(Route):
     @abstractmethod
     def gates(self, layer: Layer, tokens: Tensor) -> Tensor:
         """g for tokens [B, N, in] of a layer: [B, N, T], or [B, 1, T] where an image's tokens have the same."""
+
+    def own(self, backbone: MergedBackbone, merged: Mapping[str, Tensor], name: str) -> Tensor:
+        """θₜ − θ of a parameter in float64, [T, *shape], of the experts as they were before transforms."""
+        vectors, start = backbone.experts.of(name).double(), pretrained(backbone, name)
+        return vectors + (start.double() - merged[name].to(start.device).double())
 
     def _factors(self, name: str, differences: Tensor) -> dict[str, Tensor]:
         """`name.right`: Vₜᵀ [T, k, in]; `name.left`: Uₜ Sₜ [T, out, k]."""
@@ -97,9 +102,7 @@ class LowRankRoute(Route):
         return mixed if layer.bias is None else mixed + gates @ self.frozen[layer.bias]
 
 
-def _beyond(backbone: MergedBackbone, merged: Mapping[str, Tensor], name: str) -> Tensor:
-    """θₜ − θ of a parameter in float64, [T, *shape], of the experts as they were before transforms."""
+def pretrained(backbone: MergedBackbone, name: str) -> Tensor:
+    """θ₀ of a parameter; a view, where the bank lies."""
     experts = backbone.experts
-    place = experts.layout.slices[experts.names.index(name)]
-    start = experts.pretrained[place].view(experts.of(name).shape[1:])
-    return experts.of(name).double() + (start.double() - merged[name].to(experts.device).double())
+    return experts.pretrained[experts.layout.slices[experts.names.index(name)]].view(experts.of(name).shape[1:])

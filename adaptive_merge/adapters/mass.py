@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_merge.adapters.low_rank import LowRankRoute
+from adaptive_merge.adapters.low_rank import LowRankRoute, pretrained
 from adaptive_merge.adapters.route import Layer, as_tokens
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
@@ -22,11 +22,12 @@ class MASS(LowRankRoute):
 
     At the first linear layer of each chosen block, the residual of task t is rₜ = ‖x − Vₜ Vₜᵀ x‖ of the class token x.
     Residuals are averaged over blocks, standardised over tasks, and s = softmax(−r / temperature). Tasks of s above
-    `threshold`, the best `most` of them, or else the best, count; their scores are divided by their sum. The second
-    look adds Σₜ gₜ times the low-rank differences of these experts to the merge: two forwards an image.
+    `threshold`, the best `most` of them, or else the best, count; their scores are divided by their sum, g. The second
+    look has θ₀ + Σₜ gₜ Uₜ Sₜ Vₜᵀ in the matrices of the blocks, of task vectors before transforms, and the merge in all
+    else: two forwards an image.
 
-    Published over TSV-M, that is with the transform `TSVM` and coefficients `Fixed(1.0)`; V there is of the task
-    vectors, here of θₜ − θ.
+    Published over TSV-M, that is with the transform `TSVM` and coefficients `Fixed(1.0)`. There the task vectors that
+    join are made orthogonal to one another before they are added at 1; here their weighted mean is taken.
 
     Args:
         blocks: numbers of the chosen blocks; None: the one at three quarters of the depth (9 of 12).
@@ -61,6 +62,17 @@ class MASS(LowRankRoute):
             raise InputError(f"MASS looks at blocks 0 to {depth - 1} of this backbone, at least one; got {chosen}")
         linear = [layer for layer in self.layers if not layer.attention]
         self.looked = [next(one for one in linear if one.block == backbone.blocks[number]) for number in chosen]
+
+    def own(self, backbone: MergedBackbone, merged: Mapping[str, Tensor], name: str) -> Tensor:
+        return backbone.experts.of(name).double()
+
+    def freeze(self, backbone: MergedBackbone) -> dict[str, Tensor]:
+        names = [name for layer in self.layers for name in (layer.weight, layer.bias) if name]
+        return super().freeze(backbone) | {f"{name}.start": pretrained(backbone, name) for name in names}
+
+    def weights(self, task: str, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        starts = {name: value for name, value in self.frozen.items() if name.endswith(".start")}
+        return {**weights, **{name.removesuffix(".start"): value for name, value in starts.items()}}
 
     def kept(self, full: int) -> int:
         return int(full * (1 / len(self.tasks) if self.rank is None else self.rank))

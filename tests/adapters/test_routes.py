@@ -233,7 +233,7 @@ def test_mass_joins_the_experts_whose_directions_leave_the_smallest_residual(bui
         adapter.look(backbone, x, weights)
     for token, joined, share in zip(seen["x"][:, 0].double(), adapter.joined, adapter.scores()):
         residuals = []
-        for matrix in differences(module, experts, f"{site}.weight"):
+        for matrix in module.experts.of(f"{site}.weight").double():
             v = torch.linalg.svd(matrix)[2][:4].T
             residuals.append(torch.linalg.norm(token - v @ (v.T @ token)))
         r = torch.stack(residuals)
@@ -244,6 +244,21 @@ def test_mass_joins_the_experts_whose_directions_leave_the_smallest_residual(bui
         expected = torch.zeros(3, dtype=torch.float64)
         expected[kept] = score[kept] / score[kept].sum()
         torch.testing.assert_close(joined.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_second_look_of_mass_is_the_joined_experts_over_the_pretrained_model(build, experts, tower, images):
+    module, x = build(am.MASS(rank=1.0, most=2, threshold=0.1)), batch(images)
+    adapter, backbone = module.model.adapters[0], module.model.backbone
+    with torch.no_grad():
+        features = module.model.shared_features(x)
+        for image, joined, found in zip(x, adapter.joined, features):
+            weights = dict(backbone.merge())
+            for layer in layers_of(backbone, attention=True):
+                for name in (layer.weight, layer.bias):
+                    start = tower.state_dict()[name]
+                    weights[name] = start + sum(g * (experts[t][name] - start) for g, t in zip(joined, TASKS))
+            torch.testing.assert_close(found, backbone(image[None], weights)[0], rtol=1e-4, atol=1e-4)
+    assert {int((row > 0).sum()) for row in adapter.joined} == {2}
 
 
 def test_twin_at_full_rank_and_a_sure_router_is_the_expert_in_all_matrices(build, experts, images):
