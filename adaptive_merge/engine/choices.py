@@ -23,8 +23,10 @@ def experts_of(task_vectors: TaskVectors, blocks: str | None) -> TaskVectors:
     return task_vectors.with_blocks(blocks) if blocks is not None else task_vectors
 
 
-def merged_of(experts: TaskVectors, unseen: Sequence[str], transforms: Sequence[Transform]) -> TaskVectors:
-    """The bank of the experts that are merged, transformed."""
+def merged_of(
+    experts: TaskVectors, unseen: Sequence[str], transforms: Sequence[Transform]
+) -> tuple[TaskVectors, TaskVectors]:
+    """The bank of the experts that are merged, as it came and transformed."""
     for task in (task for task in unseen if task not in experts.tasks):
         raise InputError(f"there is no task {task!r} to leave out{did_you_mean(task, experts.tasks)}")
     kept = [task for task in experts.tasks if task not in unseen]
@@ -33,4 +35,4 @@ def merged_of(experts: TaskVectors, unseen: Sequence[str], transforms: Sequence[
     merged = experts.select(kept) if unseen else experts
     for number, transform in enumerate(transforms, 1):
         identity.check_numbers(identity.of_part(f"transform {number}", transform))
-    return transformed(merged, transforms)
+    return merged, transformed(merged, transforms)

@@ -29,6 +29,7 @@ from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import announce, bound_waiting, closing, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
+from adaptive_merge.engine.unknown import TaskName, check_task_name
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
@@ -36,7 +37,7 @@ from adaptive_merge.merge.rule import Rule
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Objective, Prediction
 from adaptive_merge.objectives.certainty import Entropy
-from adaptive_merge.schedule import Stage, at_step, check_rates
+from adaptive_merge.schedule import Stage, adam, at_step, check_rates
 from adaptive_merge.starts.base import Start
 from adaptive_merge.transforms.base import Transform
 
@@ -74,6 +75,7 @@ class AdaptiveMerge(ScoredModule):
             weights and their gradients are exchanged every step. All learn the same.
         blocks: pattern of the names of the backbone's repeated blocks (`layer*.*`), for all that works on blocks;
             default: told by the parameters' names, see `merge.blocks`.
+        task: `"unknown"`: scored without the name of an image's task; the adapters' route picks the head.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class AdaptiveMerge(ScoredModule):
         unseen: Sequence[str] = (),
         bank: BankKind = "resident",
         blocks: str | None = None,
+        task: TaskName = "known",
     ) -> None:
         super().__init__()
         if accumulate not in ("auto", "joint", "per_task"):
@@ -108,14 +111,15 @@ class AdaptiveMerge(ScoredModule):
         check_rates(self.lr, self.adapter_lr, betas, weight_decay)
         self.betas, self.weight_decay = betas, weight_decay
         self.experts, self.unseen = experts_of(task_vectors, blocks), tuple(unseen)
-        merged = merged_of(self.experts, self.unseen, transforms)
-        self.model = AdaptedModel(
-            MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
-        )
+        before, merged = merged_of(self.experts, self.unseen, transforms)
+        tower = MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank, before)
+        self.model = AdaptedModel(tower, heads, adapters, self.unseen)
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in self.experts.tasks)
+        self.task = check_task_name(task, self.model, recipe)
+        routed = (len(merged.tasks) * (self.model.route is not None), task == "unknown")
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[t], *routed) for t in self.experts.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
@@ -237,13 +241,8 @@ class AdaptiveMerge(ScoredModule):
         if self.trainer.max_steps == 0:
             return None
         self.check_learns()
-        groups = [
-            {"params": self.rule_parameters, "lr": self.lr},
-            {"params": list(self.model.adapters.parameters()), "lr": self.adapter_lr},
-        ]
-        kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
-        groups = [group for group in groups if group["params"]]
-        return kind(groups, betas=self.betas, weight_decay=self.weight_decay)
+        groups = (self.rule_parameters, self.lr), ([*self.model.adapters.parameters()], self.adapter_lr)
+        return adam(groups, self.betas, self.weight_decay)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then bring projected coefficients back into their bounds."""

@@ -76,9 +76,12 @@ class Step:
         if not self.batch:  # more processes than tasks
             return self._idle(joint=True)
         images = torch.cat([part["image"] for part in self.batch.values()])
-        features = self.model.shared_features(images).split([len(part["image"]) for part in self.batch.values()])
-        pairs = zip(self.batch, features)
-        losses = torch.stack([self._loss(task, self.model(task, None, features=part)) for task, part in pairs])
+        sizes, features = [len(part["image"]) for part in self.batch.values()], self.model.shared_features(images)
+        scores = self.model.scores(len(images))
+        parts = zip(self.batch, features.split(sizes), [None] * len(sizes) if scores is None else scores.split(sizes))
+        losses = torch.stack(
+            [self._loss(task, self.model(task, None, features=part, scores=own)) for task, part, own in parts]
+        )
         if self.alpha is None:
             return losses.sum()
         log_sum = self._log_sum()

@@ -29,6 +29,8 @@ class Prediction:
         statistics: [S], what `Objective.statistics` gives for the images, averaged over all images of the task on all
             processes; None outside a step.
         perturbed: logits [U, C] of the same images under the perturbation of `Adversarial`; None outside a step of it.
+        scores: [B, T] of the model's route, where it has one: the largest is an image's task.
+        row: the task's position among the merged ones; None for others.
     """
 
     features: Tensor
@@ -36,6 +38,8 @@ class Prediction:
     blocks: tuple[Tensor, ...] = ()
     statistics: Tensor | None = None
     perturbed: Tensor | None = None
+    scores: Tensor | None = None
+    row: int | None = None
 
 
 class Objective(ABC):
