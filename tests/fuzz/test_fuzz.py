@@ -89,9 +89,8 @@ def fuzz(material, seed: int, seconds: float, inputs: int) -> tuple[Counter, lis
                 raise
             result, value = "wrong", None
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            wrong.append(
-                f"{seed}/{number - 1} {kind}: {type(error).__name__}: {str(error)[:200]} at {frame.filename}:{frame.lineno}"
-            )
+            what = f"{type(error).__name__}: {str(error)[:200]} at {frame.filename}:{frame.lineno}"
+            wrong.append(f"{seed}/{number - 1} {kind}: {what}")
         longest = max(longest, time.monotonic() - began)
         if result == "read" and target.sealed and not same(value, expected[kind][1]):
             result = "another number"
