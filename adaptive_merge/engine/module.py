@@ -200,6 +200,7 @@ class AdaptiveMerge(ScoredModule):
         """Where no image was kept on any process: without gradients Adam leaves everything alone, moments included."""
         if self._nothing_kept:
             optimizer.zero_grad()
+        self.coefficients.withhold_()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """One for what modules have no hook for; this is also the last hook before the processes form their group."""
@@ -229,9 +230,13 @@ class AdaptiveMerge(ScoredModule):
         if self.trainer.max_steps == 0:
             return None
         self.check_learns()
-        groups = [
-            {"params": self.rule_parameters, "lr": self.lr},
+        rates = self.coefficients.rates
+        own = [(value, rates[name]) for name, value in self.coefficients.named_parameters() if name in rates]
+        others = [value for value in self.rule_parameters if all(value is not known for known, _ in own)]
+        groups: list[dict[str, Any]] = [
+            {"params": others, "lr": self.lr},
             {"params": list(self.model.adapters.parameters()), "lr": self.adapter_lr},
+            *({"params": [value], "lr": rate} for value, rate in own),
         ]
         kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
         groups = [group for group in groups if group["params"]]
