@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Literal, Self
 
@@ -17,9 +18,6 @@ from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.upstream import version_of
 
 __all__ = ["ConcreteMask"]
-
-# Masks of the end are drawn from seeds far from those of the steps.
-_LAST = 1 << 40
 
 
 class ConcreteMask(Rule):
@@ -115,14 +113,9 @@ class ConcreteMask(Rule):
 
     def withhold_(self) -> None:
         """Leave gradients to what has its turn."""
-        turn = self.turn
-        for name, parameter in (
-            ("mask", self.logits),
-            ("inner", self.inner.values),
-            ("coefficients", self.linear.values),
-        ):
-            if name != turn:
-                parameter.grad = None
+        turns = {"mask": self.logits, "inner": self.inner.values, "coefficients": self.linear.values}
+        for parameter in (value for turn, value in turns.items() if turn != self.turn):
+            parameter.grad = None
 
     @torch.no_grad()
     def bound_(self) -> None:
@@ -136,8 +129,10 @@ class ConcreteMask(Rule):
         return torch.cat([mask / mask.mean() for mask in masks])
 
     def _noise(self, number: int) -> Tensor:
-        """log u − log(1 − u) [P]; the same for the same number and seed."""
-        generator = torch.Generator().manual_seed((self.seed << 42) + number)
+        """log u − log(1 − u) [P] of a step, from 1, or of a mask of the evaluation, from −1 downwards."""
+        # torch's generator on the CPU looks at the last 32 bits of a seed alone.
+        digest = hashlib.sha256(f"{self.seed} {number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         uniform = torch.rand(self.logits.shape, generator=generator).clamp_(1e-6, 1 - 1e-6)
         return uniform.logit_().to(self.logits.device)
 
@@ -152,7 +147,7 @@ class ConcreteMask(Rule):
                 value = torch.zeros_like(self.logits)
                 count = self.masks if self.mask == "mean" else 1
                 for number in range(count):
-                    value += self._normalised(self._noise(_LAST + number)) / count
+                    value += self._normalised(self._noise(-1 - number)) / count
             self._last = (key, value)
         return self._last[1]
 

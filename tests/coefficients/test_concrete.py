@@ -17,7 +17,7 @@ import adaptive_merge as am
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge import placement
 
-LR = 0.02
+LR = 1e-3
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -90,7 +90,7 @@ def test_task_arithmetic_is_the_published_loop(toy, bank, heads, images, accumul
     for number, (batch, (logits, _)) in enumerate(zip(seen.batches, seen.learned), start=1):
         step(adam, port.loss(batch, lambdas, port.mask(number)))
         close(logits, port.logits)
-    assert port.logits.abs().max() > 0.1
+    assert port.logits.abs().max() > 0.005
 
 
 def test_adamerging_is_the_published_loop(toy, bank, heads, images):
@@ -107,12 +107,12 @@ def test_adamerging_is_the_published_loop(toy, bank, heads, images):
     assert torch.equal(seen.learned[11][1], torch.full(shape, 0.3))
     lambdas = torch.full(shape, 0.3, requires_grad=True)
     adam = torch.optim.Adam([lambdas], lr=LR)
-    mask = port.mask(1 << 40).detach()
+    mask = port.mask(-1).detach()
     for batch, (logits, values) in zip(seen.batches[12:], seen.learned[12:]):
         step(adam, port.loss(batch, lambdas, mask))
         close(values, lambdas)
         close(logits, port.logits)
-    assert (lambdas - 0.3).abs().max() > 0.05
+    assert (lambdas - 0.3).abs().max() > 0.005
 
 
 @pytest.mark.parametrize("kind", ["streamed", "sharded"])
@@ -129,7 +129,7 @@ def test_placements_learn_the_same(toy, bank, heads, images, kind, monkeypatch):
 def test_what_is_evaluated_folds_into_plain_weights(toy, bank, heads, images):
     module, _ = learn(toy, bank, heads, images, am.ConcreteMask(masks=3), steps=4)
     rule = module.eval().coefficients
-    masks = [torch.sigmoid((rule.logits + rule._noise((1 << 40) + n)) / 0.5) for n in range(3)]
+    masks = [torch.sigmoid((rule.logits + rule._noise(-1 - n)) / 0.5) for n in range(3)]
     merged = module.merged_state_dict()
     for name, shape, part in zip(bank.names, bank.layout.shapes, bank.layout.slices):
         mean = torch.stack([mask[part] / mask[part].mean() for mask in masks]).mean(0)
