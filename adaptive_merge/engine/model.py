@@ -121,6 +121,13 @@ class AdaptedModel(nn.Module):
         adapters = [adapter for adapter in self.adapters if adapted and not adapter.needs_task]
         return self._features(None, images, weights, adapters, None)
 
+    def merged_state_dict(self, task: str | None) -> dict[str, Tensor]:
+        """The merged weights as plain tensors; with a task, as its adapters change them."""
+        merged = self.backbone.merged_state_dict()
+        for adapter in self.adapters if task is not None else ():
+            merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
+        return merged
+
     def _features(
         self,
         task: str | None,

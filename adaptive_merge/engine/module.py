@@ -143,7 +143,7 @@ class AdaptiveMerge(ScoredModule):
     @property
     def merged_experts(self) -> TaskVectors:
         """The experts in the merge, before any transform."""
-        return self.experts.select(self.tasks) if self.unseen else self.experts
+        return self.model.backbone.experts
 
     def go_on_from(self, begun: Begun) -> None:
         """Merge around a start's solution from now on: coefficients at 0, adapters made anew."""
@@ -213,6 +213,7 @@ class AdaptiveMerge(ScoredModule):
         """Where no image was kept on any process: without gradients Adam leaves everything alone, moments included."""
         if self._nothing_kept:
             optimizer.zero_grad()
+        self.coefficients.withhold_()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """One for what modules have no hook for; this is also the last hook before the processes form their group."""
@@ -241,8 +242,10 @@ class AdaptiveMerge(ScoredModule):
         if self.trainer.max_steps == 0:
             return None
         self.check_learns()
-        groups = (self.rule_parameters, self.lr), ([*self.model.adapters.parameters()], self.adapter_lr)
-        return adam(groups, self.betas, self.weight_decay)
+        shared, *own = self.coefficients.rated(self.rule_parameters, self.lr)
+        return adam(
+            (shared, ([*self.model.adapters.parameters()], self.adapter_lr), *own), self.betas, self.weight_decay
+        )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then bring projected coefficients back into their bounds."""
@@ -265,12 +268,7 @@ class AdaptiveMerge(ScoredModule):
 
     def merged_state_dict(self, task: str | None = None) -> dict[str, Tensor]:
         """The merged weights as plain tensors that load into the plain backbone; with a task, its tints included."""
-        merged = self.model.backbone.merged_state_dict()
-        if task is None:
-            return merged
-        for adapter in self.model.adapters:
-            merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
-        return merged
+        return self.model.merged_state_dict(task)
 
     @property
     def method(self) -> dict[str, Any]:
