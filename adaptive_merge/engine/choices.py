@@ -8,9 +8,19 @@ from adaptive_merge.engine import identity
 from adaptive_merge.engine.transformed import transformed
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.task_vectors import TaskVectors
+from adaptive_merge.objectives.base import Objective
+from adaptive_merge.schedule import Stage
 from adaptive_merge.transforms.base import Transform
 
-__all__ = ["experts_of", "merged_of"]
+__all__ = ["check_settings", "experts_of", "merged_of"]
+
+
+def check_settings(accumulate: str, stages: Sequence[Stage], objective: Objective | None) -> None:
+    """InputError where settings of a step are unknown, or contradict each other."""
+    if accumulate not in ("auto", "joint", "per_task"):
+        raise InputError(f"unknown accumulate {accumulate!r}; choose 'auto', 'joint' or 'per_task'")
+    if stages and objective:
+        raise InputError("give either one objective or stages with an objective each, not both")
 
 
 def experts_of(task_vectors: TaskVectors, blocks: str | None) -> TaskVectors:

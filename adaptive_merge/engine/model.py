@@ -124,7 +124,9 @@ class AdaptedModel(nn.Module):
     def merged_state_dict(self, task: str | None) -> dict[str, Tensor]:
         """The merged weights as plain tensors; with a task, as its adapters change them."""
         merged = self.backbone.merged_state_dict()
-        for adapter in self.adapters if task is not None else ():
+        if task is None:
+            return merged
+        for adapter in self.adapters:
             merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
         return merged
 

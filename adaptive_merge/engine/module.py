@@ -17,7 +17,7 @@ from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.batches import check_batch
 from adaptive_merge.engine.begin import Begun, begin, rebased
-from adaptive_merge.engine.choices import experts_of, merged_of
+from adaptive_merge.engine.choices import check_settings, experts_of, merged_of
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
@@ -102,10 +102,7 @@ class AdaptiveMerge(ScoredModule):
         task: TaskName = "known",
     ) -> None:
         super().__init__()
-        if accumulate not in ("auto", "joint", "per_task"):
-            raise InputError(f"unknown accumulate {accumulate!r}; choose 'auto', 'joint' or 'per_task'")
-        if stages and objective:
-            raise InputError("give either one objective or stages with an objective each, not both")
+        check_settings(accumulate, stages, objective)
         self.recipe, self.accumulate, self.blocks = recipe, accumulate, blocks
         self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
         check_rates(self.lr, self.adapter_lr, betas, weight_decay)
@@ -243,9 +240,8 @@ class AdaptiveMerge(ScoredModule):
             return None
         self.check_learns()
         shared, *own = self.coefficients.rated(self.rule_parameters, self.lr)
-        return adam(
-            (shared, ([*self.model.adapters.parameters()], self.adapter_lr), *own), self.betas, self.weight_decay
-        )
+        adapters = [*self.model.adapters.parameters()], self.adapter_lr
+        return adam((shared, adapters, *own), self.betas, self.weight_decay)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then bring projected coefficients back into their bounds."""
