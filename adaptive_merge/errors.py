@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["AdaptiveMergeError", "InputError", "MissingFileError", "did_you_mean"]
+__all__ = ["AdaptiveMergeError", "InputError", "MissingFileError", "StorageError", "did_you_mean"]
 
 EXIT_USAGE = 2
 
@@ -25,6 +25,10 @@ class InputError(AdaptiveMergeError, ValueError):
 
 class MissingFileError(AdaptiveMergeError, FileNotFoundError):
     """A file or folder that was named but is not there."""
+
+
+class StorageError(AdaptiveMergeError, OSError):
+    """A file that cannot be written: a full disk, a quota, a read-only folder."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, Final, Literal
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,6 +17,7 @@ from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.protocols import Protocol, Transductive
 from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler
 from adaptive_merge.errors import InputError
+from adaptive_merge.process.signals import ignore_signals
 
 __all__ = ["Share", "TaskStream"]
 
@@ -123,7 +126,7 @@ class TaskStream(pl.LightningDataModule):
         take = {task: self.images[task].take for task in self.draws.pools}
         steps = _Steps(self.draws, take, *self._ranks(), self.share == "tasks")
         sampler = StepSampler(self._steps_taken, self.draws.end)
-        return DataLoader(steps, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+        return self._loader(steps, sampler)
 
     def val_dataloader(self) -> list[DataLoader]:
         """One loader per task over this process's share of the scored images; nothing is padded or repeated."""
@@ -131,8 +134,13 @@ class TaskStream(pl.LightningDataModule):
         loaders = []
         for task, images in self.images.items():
             share = self.scored[task][rank::world].split(self.eval_batch_size)
-            loaders.append(DataLoader(_Labelled(task, images, share), batch_size=None, num_workers=self.num_workers))
+            loaders.append(self._loader(_Labelled(task, images, share)))
         return loaders
+
+    def _loader(self, dataset: Dataset, sampler: StepSampler | None = None) -> DataLoader:
+        """Batches as the dataset makes them."""
+        workers = self.num_workers
+        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=_begin_worker)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -146,6 +154,13 @@ class TaskStream(pl.LightningDataModule):
 
 def _read(images: Mapping[str, Images], task: str, corruption: Corruption | None) -> Images:
     return CorruptedImages(images[task], corruption) if corruption else images[task]
+
+
+def _begin_worker(number: int) -> None:
+    """A worker ends with its process, not before it; its generators are seeded as Lightning would."""
+    ignore_signals()
+    if os.environ.get("PL_SEED_WORKERS") == "1":
+        pl_worker_init_function(number)
 
 
 class _Steps(Dataset):

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_tensors
+from adaptive_merge.sealed import load_sealed, save_sealed
 
 __all__ = ["FileStore"]
 
@@ -38,13 +37,12 @@ class FileStore:
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, KeyError, ValueError) as error:
+            tensors, metadata = load_sealed(self.path, old=True)
+            header = json.loads(metadata[_KEY])
+        except (KeyError, ValueError) as error:
             raise InputError(f"{self.path}: not the progress of a start ({error}); delete it to begin anew") from error
         return (header["done"], tensors) if header["identity"] == identity else None
 
     def save(self, identity: str, done: int, tensors: Mapping[str, Tensor]) -> None:
         """Replace the file."""
-        save_tensors(self.path, tensors, {_KEY: json.dumps({"identity": identity, "done": done})})
+        save_sealed(self.path, dict(tensors), {_KEY: json.dumps({"identity": identity, "done": done})})

@@ -13,7 +13,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_tensors
+from adaptive_merge.files import sparing
+from adaptive_merge.sealed import save_sealed
 
 __all__ = ["FILE", "Diagnostics"]
 
@@ -97,7 +98,8 @@ class Diagnostics(pl.Callback):
         arrays["cosine"] = _cosines(module.experts.vectors).cpu()
         if self._crosses(module):
             arrays["cross"] = self._cross(module)
-        save_tensors(self._path, arrays, {"tasks": json.dumps(list(module.scored_tasks))})
+        with sparing(self._path):
+            save_sealed(self._path, arrays, {"tasks": json.dumps(list(module.scored_tasks))})
 
     def _distances(self, arrays: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
         found = {}
