@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
-from adaptive_merge.errors import StorageError
+from adaptive_merge.errors import InputError, StorageError
+from adaptive_merge.files import observing
 
-__all__ = ["JOURNAL", "KNOWN", "Journal", "record"]
+__all__ = ["JOURNAL", "KNOWN", "Journal", "recording"]
 
 JOURNAL: Final = ".journal"
 # What a run wrote before there was a journal.
@@ -99,10 +102,18 @@ class Journal:
         return names
 
 
-def record(path: Path) -> None:
-    """A file that a command wrote into a run folder after the run."""
-    if (path.parent / JOURNAL).is_file():
-        Journal(path.parent).note(path)
+@contextmanager
+def recording(path: Path) -> Iterator[None]:
+    """Note a file that a command writes into a run folder after the run; one that no run wrote is not replaced.
+
+    Raises:
+        InputError: the file is the user's own.
+    """
+    journal = Journal(path.parent)
+    if path in journal.foreign and journal.path.is_file():
+        raise InputError(f"{path} was not written by this program; choose another --output, or move it elsewhere")
+    with observing(journal.note) if journal.path.is_file() else nullcontext():
+        yield
 
 
 def _inside(name: str) -> bool:

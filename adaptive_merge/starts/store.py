@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.sealed import load_sealed, save_sealed
 
-__all__ = ["FileStore"]
+__all__ = ["FileStore", "SharedStore"]
 
 _KEY = "adaptive_merge.start"
 
@@ -46,3 +47,38 @@ class FileStore:
     def save(self, identity: str, done: int, tensors: Mapping[str, Tensor]) -> None:
         """Replace the file."""
         save_sealed(self.path, dict(tensors), {_KEY: json.dumps({"identity": identity, "done": done})})
+
+
+class SharedStore:
+    """The first process's file, for all processes of a run: what is solved is the same on all of them.
+
+    Args:
+        file: which the first process reads and writes.
+        first: whether this is that process.
+        broadcast: hands on what the first process has; called by all.
+    """
+
+    def __init__(self, file: FileStore, first: bool, broadcast: Callable[[Any], Any]) -> None:
+        self.file, self.first, self.broadcast = file, first, broadcast
+
+    def load(self, identity: str) -> tuple[int, dict[str, Tensor]] | None:
+        """As `FileStore.load`, on all processes at once.
+
+        Raises:
+            InputError: the first process's file is damaged.
+        """
+        kept: tuple[int, dict[str, Tensor]] | InputError | None = None
+        if self.first:
+            try:
+                kept = self.file.load(identity)
+            except InputError as error:
+                kept = error
+        kept = self.broadcast(kept)
+        if isinstance(kept, InputError):
+            raise kept
+        return kept
+
+    def save(self, identity: str, done: int, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the file."""
+        if self.first:
+            self.file.save(identity, done, tensors)
