@@ -157,7 +157,9 @@ def _ourselves() -> dict[str, Any]:
 
 def _gone(content: dict[str, Any]) -> bool:
     """Whether whoever wrote this certainly runs no more."""
-    us = _ourselves()
+    us, process = _ourselves(), content.get("process")
+    if not isinstance(process, int):
+        return True  # damaged
     if us["job"] and content.get("job") == us["job"] and content.get("restart") != us["restart"]:
         return True  # SLURM has started the same job again: what ran before is over
     if content.get("host") != us["host"]:
@@ -166,9 +168,6 @@ def _gone(content: dict[str, Any]) -> bool:
         return True  # the machine has been started since
     if content.get("space") != us["space"]:
         return False  # in another container: its processes cannot be seen from here
-    process = content.get("process")
-    if not isinstance(process, int):
-        return True
     return not _alive(process) or _started(process) != content.get("started")
 
 

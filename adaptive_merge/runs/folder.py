@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +25,6 @@ from adaptive_merge.runs.results import footing, table
 
 __all__ = ["RUN_FILES", "START_FILES", "SaveConfig", "check_name", "claim", "holding", "open_folder", "publish"]
 
-_log = logging.getLogger(__name__)
 # A run that was killed before its first checkpoint goes on from these.
 START_FILES = (FILE, PARTIAL)
 # Where a run writes, whatever it logs with.
@@ -137,7 +136,7 @@ def open_folder(journal: Journal, if_exists: IfExists, checkpoint: str | None) -
         if resumes and journal.files:
             kept = [path.name for path in journal.files if path.name in START_FILES]
             tail = f" with what is solved of its start ({kept[0]})" if kept else ", for nothing was saved"
-            _log.warning("%s: no checkpoint to go on from; the run begins anew%s", journal.folder, tail)
+            sys.stderr.write(f"{journal.folder}: no checkpoint to go on from; the run begins anew{tail}\n")
         journal.remove(START_FILES if resumes else ())
     journal.begin()
 
@@ -160,8 +159,8 @@ def _check_unfinished(journal: Journal) -> None:
     kept = sorted(name for name in names if name in _RESULTS or name.endswith(".ckpt"))
     if kept:
         raise InputError(
-            f"{journal.folder} holds {kept[0]} of a run but no {_LAST} to go on from; choose another --run.name, name "
-            "a checkpoint with --ckpt_path, or replace the run with --run.if_exists overwrite"
+            f"{journal.folder} holds {kept[0]} of a run but no checkpoint to go on from ({_LAST}); choose another "
+            "--run.name, name a checkpoint with --ckpt_path, or replace the run with --run.if_exists overwrite"
         )
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -23,7 +24,7 @@ def hold(folder, gate):
             while not (folder / "over").exists():
                 time.sleep(0.005)
     except LockedError as error:
-        print(error)
+        sys.stdout.write(f"{error}\n")
         return 2
     return 0
 

@@ -68,7 +68,7 @@ def test_resume_without_a_checkpoint_deletes_nothing(work, capsys):
     (folder / "checkpoints" / "last.ckpt").rename(folder / "checkpoints" / "kept.ckpt")
     before = contents(folder)
     assert fit("--run.if_exists", "resume") == 2
-    assert "no checkpoints/last.ckpt to go on from" in capsys.readouterr().err
+    assert "no checkpoint to go on from (checkpoints/last.ckpt)" in capsys.readouterr().err
     assert contents(folder) == before
 
 
