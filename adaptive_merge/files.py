@@ -57,7 +57,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             mode = _created(partial)
             yield partial
             _finish(partial, path, mode)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the libraries that write have errors of their own for a full disk
         if reason := _refusal(error):
             raise StorageError(f"{path}: cannot be written ({reason}); make room, or choose another place") from error
         raise

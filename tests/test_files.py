@@ -1,4 +1,4 @@
-"""One writer for all files: atomic, of the umask's permissions, over regular files only, and one message for an error."""
+"""One writer for all files: atomic, as the umask says, over regular files only, and one message for an error."""
 
 import logging
 import os

@@ -13,7 +13,7 @@ from adaptive_merge.process.signals import Preempted, Signals
 CONFIG = """
 model:
   recipe: quick
-  coefficients: {{class_path: LayerWise, init_args: {{init: 0.3}}}}
+  coefficients: {{class_path: LayerWise, init_args: {{init: 0.0, bounds: free}}}}
   start: {{class_path: CompensatedRegression}}
 trainer: {{max_steps: 3, accelerator: cpu, enable_progress_bar: false}}
 data: {{images_per_task: 4}}

@@ -19,7 +19,7 @@ from adaptive_merge.__main__ import main
 CONFIG = """
 model:
   recipe: quick
-  coefficients: {{class_path: LayerWise, init_args: {{init: 0.3}}}}
+  coefficients: {{class_path: LayerWise, init_args: {{init: 0.0, bounds: free}}}}
   start: {{class_path: CompensatedRegression}}
 trainer: {{max_steps: 6, accelerator: cpu, enable_progress_bar: false, val_check_interval: 4}}
 data: {{images_per_task: 4, num_workers: {workers}}}
