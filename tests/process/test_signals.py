@@ -66,7 +66,9 @@ def check(work, phase, number, code, environment=None):
     assert wait(start(main, arguments, log=work / "again.log"), 120) == 0, texts(work)
 
 
-@pytest.mark.parametrize("phase", list(PHASES))
+@pytest.mark.parametrize(
+    "phase", ["start", *(pytest.param(phase, marks=pytest.mark.slow) for phase in list(PHASES)[1:])]
+)
 def test_a_signal_in_each_phase(work, phase):
     check(work, phase, signal.SIGTERM, 143)
 
@@ -75,9 +77,9 @@ def test_a_signal_in_each_phase(work, phase):
     ("number", "environment", "code"),
     [
         (signal.SIGINT, {}, 130),
-        (signal.SIGUSR1, {}, 143),
-        (signal.SIGUSR2, {}, 143),
-        (signal.SIGUSR2, SLURM, 75),
+        pytest.param(signal.SIGUSR1, {}, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, {}, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, SLURM, 75, marks=pytest.mark.slow),
         (signal.SIGCONT, SLURM | {"SUBMITIT_PREEMPT_SIGNAL": "CONT"}, 75),
     ],
 )
