@@ -32,6 +32,7 @@ __all__ = [
     "projection",
     "reliability",
     "representation_distance",
+    "route_matrix",
 ]
 
 _BINS = 15  # of the expected calibration error, as in Guo et al., ICML 2017
@@ -126,6 +127,14 @@ def cross_accuracy(tasks: Sequence[str], accuracies: np.ndarray) -> Figure:
     """Accuracy [T, T] in [0, 1] of the expert of task i (row) on the images of task j (column)."""
     figure = _matrix(tasks, 100 * np.asarray(accuracies, float), "{:.0f}", SEQUENTIAL, (0, 100))
     tune(figure.axes[0], grid=None, x="images of", y="expert of")
+    return figure
+
+
+@styled
+def route_matrix(tasks: Sequence[str], scores: np.ndarray) -> Figure:
+    """Mean scores [T, T] that a route gives each task (column) on the images of each task (row)."""
+    figure = _matrix(tasks, scores, "{:.2f}", SEQUENTIAL, (float(scores.min()), float(scores.max()) + 1e-9))
+    tune(figure.axes[0], grid=None, x="score of", y="images of")
     return figure
 
 
