@@ -338,3 +338,24 @@ def test_what_needs_the_task_is_refused_by_name(build, images):
         build(am.SMILE(3, 2), am.LayerWise(0.3))
     with pytest.raises(am.InputError, match="Stream teaches a route"):
         fit(build(am.FeatureSurgery(2), objective=am.Stream()), images, steps=1)
+
+
+@pytest.mark.parametrize("name", ["wemoe", "e_wemoe", "twin"])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(build, images, tmp_path, name):
+    import pytorch_lightning as pl
+
+    def run(steps, checkpoint=None):
+        objective = am.Stream() if name == "twin" else am.Entropy()
+        module = build(routes()[name], objective=objective, lr=0.01)
+        silent = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", enable_model_summary=False, **silent)
+        trainer.fit(module, datamodule=am.TaskStream(images, 4), ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module.state_dict()
+
+    whole, start = run(4), build(routes()[name]).state_dict()
+    run(2)
+    resumed = run(4, tmp_path / "2.ckpt")
+    assert whole.keys() == resumed.keys() and all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    assert any(not torch.equal(value, start[key]) for key, value in whole.items())
+    assert sum(value.numel() for value in whole.values()) < 600  # no factor, no task vector

@@ -32,6 +32,17 @@ RECIPES = {
         {"coefficients": partial(am.ConcreteMask, "layer", mask_steps=5), "lr": 0.01},
         {},
     ),
+    "wemoe": (lambda *parts, **kind: am.AdaptiveMerge(*parts, adapters=[am.WEMoE(4)], lr=0.01, **kind), {}, {}),
+    "e-wemoe, coefficients learn": (
+        lambda *parts, **kind: am.AdaMerging(*parts, adapters=[am.EWEMoE(0.5, 4)], accumulate="joint", **kind),
+        {},
+        {},
+    ),
+    "twin": (
+        lambda *parts, **kind: am.AdaptiveMerge(*parts, adapters=[am.Twin(0.5, 4)], objective=am.Stream(), **kind),
+        {},
+        {"share": "tasks"},
+    ),
     # Of four processes one owns no task, and merges along with the others all the same.
     "tasks owned, joint": (am.AdaMerging, {"accumulate": "joint"}, {"share": "tasks"}),
     "tasks owned, surgery": (am.Surgery, {"rank": 2}, {"share": "tasks"}),
