@@ -28,7 +28,7 @@ RECIPES = {
     "a mask, per task": (am.AdaptiveMerge, {"coefficients": ConcreteMask, "accumulate": "per_task", "lr": 0.01}, {}),
     "a concrete mask in turns": (
         am.AdaptiveMerge,
-        {"coefficients": partial(am.ConcreteMask, "layer", mask_steps=5), "lr": 0.01},
+        {"coefficients": partial(am.ConcreteMask, "layer", mask_steps=5), "lr": 1e-3},
         {},
     ),
     # Of four processes one owns no task, and merges along with the others all the same.
