@@ -148,3 +148,18 @@ def test_a_start_is_refused(toy, bank, heads):
         am.ConcreteMask("layer").bind(bank).rebase(bank)
     with pytest.raises(InputError, match="granularity"):
         am.ConcreteMask("layers")
+
+
+def test_a_resumed_run_has_the_same_bits(toy, bank, heads, images, tmp_path):
+    def run(steps, resume=None):
+        rule = am.ConcreteMask("layer", mask_steps=3)
+        module = am.AdaptiveMerge(bank, toy, heads, coefficients=rule, objective=am.Entropy(), lr=LR)
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", num_sanity_val_steps=0, **QUIET)
+        trainer.fit(module, datamodule=am.TaskStream(images, 8), ckpt_path=resume, weights_only=False)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module.coefficients.state_dict()
+
+    whole = run(9)
+    run(3)  # between the two steps of a pair
+    parts = run(9, tmp_path / "last.ckpt")
+    assert whole.keys() == parts.keys() and all(torch.equal(value, parts[name]) for name, value in whole.items())

@@ -29,7 +29,7 @@ RECIPES = {
     "a line, per task": (am.AdaptiveMerge, {"coefficients": am.DepthWise, "accumulate": "per_task"}, {}),
     "a concrete mask in turns": (
         am.AdaptiveMerge,
-        {"coefficients": partial(am.ConcreteMask, "layer", mask_steps=5), "lr": 0.01},
+        {"coefficients": partial(am.ConcreteMask, "layer", mask_steps=5), "lr": 1e-3},
         {},
     ),
     "wemoe": (lambda *parts, **kind: am.AdaptiveMerge(*parts, adapters=[am.WEMoE(4)], lr=0.01, **kind), {}, {}),
