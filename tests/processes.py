@@ -102,6 +102,11 @@ def _member(rank, function, arguments):
     return code
 
 
+def crowding():
+    """How much slower than alone: processes that want to run for each processor, at least 1; for limits on hangs."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def texts(folder):
     return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.log")))
 
