@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -55,8 +56,10 @@ class ProDistill(Start):
         for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
             if value < 1:
                 raise InputError(f"`{name}` is at least 1, got {value}")
-        if not 0 < lr < float("inf"):
+        if not 0 < lr < math.inf:
             raise InputError(f"`lr` is Adam's step, a number above 0, got {lr}")
+        if not math.isfinite(init):
+            raise InputError(f"`init` is a finite number, got {init}")
         self.granularity, self.init, self.epochs = granularity, init, epochs
         self.lr, self.batch_size, self.seed = lr, batch_size, seed
 
