@@ -29,9 +29,9 @@ class ProDistill(Start):
         Σ_t Σ_{x of task t} ‖f(x; θ) − f(y; θ₀ + τ_t)‖²    (a sum over samples, tokens and dimensions)
 
     for the block f, its input x through the merged blocks before it and y through those of expert t. What is outside
-    the blocks stays as in the anchor; the paper's is task arithmetic of .3. Held at a time: α, its gradient and
-    Adam's two moments [T, entries of one block], and all samples' activations at the block's boundary. Processes
-    gather the images and all compute the same, bit for bit what one would; they are no faster.
+    the blocks stays as in the anchor; the paper's is task arithmetic of .3. Held at a time: one block's τ and α with
+    its gradient and Adam's two moments [T, entries of the block], and all samples' activations at its boundary.
+    Processes gather the images and all compute the same, bit for bit what one would; they are no faster.
 
     Args:
         granularity: one coefficient of each task for every entry of a block, for every tensor, or for all of it.
