@@ -180,7 +180,7 @@ class Solution:
 
 
 class Start(ABC):
-    """Merges before the first step, most in closed form. Constructor arguments are primitives; they are its settings."""
+    """Merges before the first step, mostly in closed form. Arguments are primitives; they are its settings."""
 
     @abstractmethod
     def solve(self, problem: Problem) -> Solution:
