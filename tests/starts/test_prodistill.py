@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from conftest import TASKS, bank_of, images_of, small_vit
 from test_ports import block, embed
 from test_properties import in_two_processes
+from test_towers import TOWERS, weights_of
 from torch import nn
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.merge.backbone import without_weights
 from adaptive_merge.starts import prodistill
+from adaptive_merge.starts.families import describe
 from adaptive_merge.starts.prodistill import ProDistill
 from adaptive_merge.starts.store import FileStore
 
@@ -108,6 +111,31 @@ def test_it_comes_nearer_to_the_experts_and_leaves_the_rest_at_the_anchor(make_p
     anchor = bank.layout.unflatten(problem.anchor)
     for name, value in bank.layout.unflatten(solved["element"]).items():
         assert torch.equal(value, anchor[name]) != name.startswith("transformer.resblocks"), name
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_blocks_of_every_known_tower_learn(make_problem, name):
+    backbone, images = TOWERS[name](), images_of()
+    bank = bank_of(backbone, scale=0.05)
+    problem = make_problem(backbone=backbone, experts=bank)
+    solved = ProDistill(epochs=20).solve(problem).weights
+    anchor = bank.layout.unflatten(problem.anchor)
+    moved = {name for name, value in bank.layout.unflatten(solved).items() if not torch.equal(value, anchor[name])}
+    assert moved == {name for name, owner in zip(bank.names, bank.layout.blocks) if owner}
+
+    *front, _ = describe(without_weights(backbone), images["red"], weights_of(backbone))
+
+    @torch.no_grad()
+    def stream(weights, state):
+        for part in front:
+            state = part.advance(weights | problem.buffers, state)
+        return state
+
+    def distance(flat):
+        weights = bank.layout.unflatten(flat)
+        return sum((stream(weights, p) - stream(problem.expert(t), p)).norm() for t, p in images.items())
+
+    assert distance(solved) < 0.95 * distance(problem.anchor)
 
 
 @pytest.mark.parametrize(("granularity", "alike"), [("tensor", "a tensor"), ("task", "a block")])
