@@ -16,7 +16,7 @@ _HOMES = {
     "data": ["Corruption", "Holdout", "Images", "Online", "Protocol", "TaskStream", "Transductive", "Unseen"],
     "engine.module": ["AdaptiveMerge"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],
-    "export": ["export_model", "export_tall", "load_adapters", "load_tall", "save_adapters"],
+    "export": ["export_model", "export_tall", "load_adapters", "load_module", "load_tall", "save_adapters"],
     "adapters.dense": ["DenseHead", "MeanIoU"],
     "adapters.heads": ["CosineHead", "Head", "LinearHead"],
     "merge": ["MergedBackbone", "TaskVectors"],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from adaptive_merge import __version__
 from adaptive_merge.cli.door import REPORT, message_of
 from adaptive_merge.cli.table import command, overview
 from adaptive_merge.errors import EXIT_USAGE, InputError, printable, shorten
+from adaptive_merge.process.signals import EXIT_INTERRUPTED, Signals
 
 __all__ = ["main"]
 
@@ -25,7 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     if debug:
         arguments.remove("--debug")
     try:
-        _run(arguments)
+        with _listening(arguments):
+            _run(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("adaptive-merge: interrupted\n")
+        return EXIT_INTERRUPTED
     except Exception as error:
         if debug:
             raise
@@ -36,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"adaptive-merge: {shorten(printable(message))}\n")
         return getattr(error, "exit_code", EXIT_USAGE)
     return 0
+
+
+def _listening(arguments: list[str]) -> AbstractContextManager[Any]:
+    """A run answers signals from here on, before the seconds that its imports take; other commands just end."""
+    return Signals() if arguments[:1] in (["fit"], ["validate"]) else nullcontext()
 
 
 def _run(arguments: list[str]) -> None:

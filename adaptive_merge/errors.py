@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any
 
 __all__ = [
-    *("AdaptiveMergeError", "InputError", "MissingFileError"),
+    *("AdaptiveMergeError", "InputError", "MissingFileError", "StorageError"),
     *("check_normalisation", "check_number", "did_you_mean", "printable", "shorten"),
 ]
 
@@ -31,6 +31,10 @@ class InputError(AdaptiveMergeError, ValueError):
 
 class MissingFileError(AdaptiveMergeError, FileNotFoundError):
     """A file or folder that was named but is not there."""
+
+
+class StorageError(AdaptiveMergeError, OSError):
+    """A file that cannot be written: a full disk, a quota, a read-only folder."""
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, below: float = math.inf) -> None:

@@ -1,42 +1,123 @@
-"""Writing files so that a reader sees the old content or the new one, never a part of it."""
+"""The one door for files: whoever reads sees the old content or the new one, never a part; an error is one message."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from adaptive_merge.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["replacing", "save_json", "save_tensors", "save_text", "shipped", "strict_json"]
+__all__ = [
+    *("check_output", "note", "observing", "replacing", "reserve", "save_json", "save_tensors", "save_text"),
+    *("shipped", "sparing", "strict_json"),
+]
+
+_log = logging.getLogger(__name__)
+_OBSERVERS: Final[list[Callable[[Path], None]]] = []
+_TOLD: Final[set[str]] = set()
+_NO_ALLOCATION: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush it to disk and rename it over `path`.
 
-    Same folder, so that the rename stays on one device; on an error the temporary file is removed.
+    Same folder, so that the rename stays on one device; on an error the temporary file is removed. The new file has
+    the permissions that the umask leaves.
+
+    Raises:
+        InputError: `path` is a link, a device, a folder: no regular file is lost, and nothing else is replaced.
+        StorageError: it cannot be written; what was there before is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_regular(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        note(path)
+        with _cleared(partial):
+            mode = _created(partial)
+            yield partial
+            _finish(partial, path, mode)
+    except Exception as error:  # the libraries that write have errors of their own for a full disk
+        if reason := _refusal(error):
+            raise StorageError(f"{path}: cannot be written ({reason}); make room, or choose another place") from error
+        raise
+
+
+@contextmanager
+def sparing(what: str | Path) -> Iterator[None]:
+    """What is written in here is not the result: where it fails, the run goes on, and one warning names `what`."""
     try:
-        os.fsync(folder)
+        yield
+    except Exception as error:
+        if str(what) not in _TOLD:
+            _TOLD.add(str(what))
+            _log.warning("%s is left out, the run goes on without it: %s", what, error)
+
+
+@contextmanager
+def observing(observer: Callable[[Path], None]) -> Iterator[None]:
+    """Tell `observer` of each file before it is written."""
+    _OBSERVERS.append(observer)
+    try:
+        yield
     finally:
-        os.close(folder)
+        _OBSERVERS.remove(observer)
+
+
+def note(path: str | Path) -> None:
+    """Tell whoever keeps a journal that `path` is about to be written."""
+    for observer in _OBSERVERS:
+        observer(Path(path))
+
+
+def check_output(path: str | Path, force: bool) -> None:
+    """For an `--output` of a command, before any work is done.
+
+    Raises:
+        InputError: a file is there and `force` is not set; it is no regular file.
+    """
+    path = Path(path)
+    _check_regular(path)
+    if path.exists() and not force:
+        raise InputError(f"`{path}` exists already; choose another --output, or replace it with --force")
+
+
+def reserve(path: str | Path, size: int) -> None:
+    """Make the file `size` bytes long with room on the disk for all of them: a write to its map then cannot fail.
+
+    Without it a full disk ends the process with SIGBUS.
+
+    Raises:
+        StorageError: there is no room.
+    """
+    try:
+        with open(path, "ab") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except (OSError, AttributeError) as error:
+                if getattr(error, "errno", None) not in (None, *_NO_ALLOCATION):
+                    raise
+                missing = size - os.fstat(file.fileno()).st_size
+                for start in range(0, missing, 1 << 20):
+                    file.write(bytes(min(1 << 20, missing - start)))
+            file.truncate(size)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: {size:,} bytes cannot be reserved ({error.strerror or error}); make room, or choose another place"
+        ) from error
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -84,3 +165,53 @@ def shipped() -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        kind = path.lstat().st_mode
+    except OSError:  # not there, or its folder cannot be read: writing will say so
+        return
+    if not stat.S_ISREG(kind):
+        name = "a link" if stat.S_ISLNK(kind) else "a folder" if stat.S_ISDIR(kind) else "no regular file"
+        raise InputError(f"`{path}` is {name}, and is not replaced; remove it, or choose another place")
+
+
+@contextmanager
+def _cleared(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _created(partial: Path) -> int:
+    """Make the file, empty; the permissions that it got."""
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+
+
+def _finish(partial: Path, path: Path, mode: int) -> None:
+    """To the disk, and in place of the old one."""
+    with open(partial, "rb+") as file:
+        if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:  # safetensors makes a file of its own
+            os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems know no such thing for folders
+            os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why the system did not take the bytes; None for any other error."""
+    if isinstance(error, OSError):
+        return None if isinstance(error, StorageError) else error.strerror or str(error) or type(error).__name__
+    # safetensors and torch wrap the system's error in one of their own.
+    text = str(error)
+    return text if type(error).__name__ == "SafetensorError" or "os error" in text else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
+
+import torch
+from torch import nn
 
 from adaptive_merge.errors import InputError, check_number
 from adaptive_merge.objectives.base import Objective
 
-__all__ = ["Stage", "at_step", "check_rates"]
+__all__ = ["Stage", "adam", "at_step", "check_rates"]
 
 
 class Stage:
@@ -43,3 +46,12 @@ def at_step(stages: Sequence[Stage], step: int) -> Stage:
             return stage
         step -= stage.steps
     return stages[-1]
+
+
+def adam(
+    groups: Iterable[tuple[list[nn.Parameter], float]], betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """Adam over parameters and their rates, AdamW where weights decay; groups without parameters are left out."""
+    kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
+    named = [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+    return kind(named, betas=betas, weight_decay=weight_decay)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Final
@@ -14,6 +13,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.files import replacing
 
 __all__ = ["SEAL", "load_sealed", "save_sealed", "seal", "unseal", "write_atomically"]
 
@@ -50,9 +50,16 @@ def save_sealed(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str
     write_atomically(path, seal(safetensors_torch.save(plain, {**metadata, "seal": SEAL})))
 
 
-def load_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file of `save_sealed`."""
-    content = unseal(_read(path), path)
+def load_sealed(path: str | Path, old: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file of `save_sealed`.
+
+    Args:
+        path: of the file.
+        old: take a file of an older version, which had no seal, as it is.
+    """
+    content = _read(path)
+    if not old or _SEAL.search(content[: 8 + int.from_bytes(content[:8], "little")]):
+        content = unseal(content, path)
     try:
         tensors = safetensors_torch.load(content)
         size = int.from_bytes(content[:8], "little")
@@ -63,18 +70,9 @@ def load_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Replace the file in one step: whoever reads sees the old content or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Replace the file in one step, see `files.replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def _read(path: str | Path) -> bytes:

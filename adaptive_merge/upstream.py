@@ -29,6 +29,7 @@ __all__ = [
     "is_offline",
     "keep_samplers",
     "labelled_files",
+    "leave_signals",
     "options_of",
     "redirect",
     "timeout_of",
@@ -73,6 +74,14 @@ def bound_timeout(strategy: Strategy, patience: timedelta) -> None:
 def add_ddp_options(strategy: DDPStrategy, options: Mapping[str, Any]) -> None:
     """Arguments for torch's DDP, under those that the user gave (Lightning 2.6; the same shortcuts)."""
     strategy._ddp_kwargs = {**options, **strategy._ddp_kwargs}
+
+
+def leave_signals(trainer: Trainer) -> None:
+    """Lightning puts no handlers of its own over those that are there (Lightning 2.6; no setting).
+
+    Its handlers save and communicate in the middle of a step, and write checkpoints that it then prefers to ours.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[str]:

@@ -10,6 +10,7 @@ In one process, alternating round by round:
     python scripts/benchmark.py --start --model vit_b_32 --tasks 8 --images 16
     python scripts/benchmark.py --transforms TSVM IsoC CART --model vit_b_32 --tasks 8 --threads 2
 
+With --wemoe: (e) a step of WEMoE against (b).
 With --start: (d) a start in closed form from the images, once, against (b), which then is one epoch of them.
 
 With --transforms: seconds on the clock and on the processors, and the peak of memory, the bank that is given included
@@ -142,6 +143,20 @@ def naive(backbone, bank, heads, batch) -> Callable[[], None]:
             )
         optimizer.zero_grad()
         loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def wemoe(backbone, bank, heads, batch) -> Callable[[], None]:
+    """One step of WEMoE on task arithmetic, otherwise as `ours`."""
+    module = am.AdaptiveMerge(bank, backbone, heads, adapters=[am.WEMoE()]).to(bank.device)
+    module.log = module.log_dict = lambda *_, **__: None
+    optimizer = torch.optim.Adam(module.model.adapters.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
         optimizer.step()
 
     return step
@@ -290,6 +305,7 @@ def main() -> None:
     parser.add_argument("--start", action="store_true", help="only: a start against an epoch of AdaMerging")
     parser.add_argument("--transforms", nargs="*", help="only: these transforms, with their default settings")
     parser.add_argument("--threads", type=int, default=1, help="of --transforms")
+    parser.add_argument("--wemoe", action="store_true", help="only: a step of WEMoE against one of AdaMerging")
     parser.add_argument("--surgery", action="store_true", help="only: adapter updates on kept outputs, ViT-B/32")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
@@ -303,9 +319,8 @@ def main() -> None:
             show_transform(model, tasks, name, options.threads)
         return
     libraries = resident_peak()  # a process of the same imports has as much before it begins
-    contenders = tuple(
-        name for name in (("start", "ours") if options.start else CONTENDERS) if name not in options.without
-    )
+    pair = ("start", "ours") if options.start else ("wemoe", "ours") if options.wemoe else CONTENDERS
+    contenders = tuple(name for name in pair if name not in options.without)
     rows = []
     for model in options.model:
         for tasks in options.tasks:
@@ -381,6 +396,8 @@ def ratios(row: dict) -> dict[str, float]:
         found["naive / ours"] = seconds["naive"] / seconds["ours"]
     if "ours" in seconds:
         found["naive merge / ours"] = seconds["naive merge + gradient"] / (seconds["merge"] + seconds["gradient"])
+    if "wemoe" in seconds:
+        found["wemoe / ours"] = seconds["wemoe"] / seconds["ours"]
     if "start" in seconds:
         found["start / ours"] = seconds["start"] / seconds["ours"]
     if "ours bf16" in seconds:

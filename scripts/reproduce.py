@@ -39,7 +39,7 @@ PUBLISHED: dict[str, float] = {
     "adamerging_pp_task": 73.8,
     "adamerging": 80.2,
     "adamerging_pp": 81.1,
-    "surgery_avg": 80.0,
+    "surgery_avg": 80.0,  # of an average without DTD
     "surgery_ta": 80.9,
     "surgery_adamerging": 86.1,
 }

@@ -103,7 +103,7 @@ def _member(rank, function, arguments):
 
 
 def crowding():
-    """How much slower than alone: processes that want to run for each processor, at least 1."""
+    """How much slower than alone: processes that want to run for each processor, at least 1; for limits on hangs."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 

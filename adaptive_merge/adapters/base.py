@@ -55,6 +55,9 @@ class Adapter(nn.Module, ABC):
     def create(self, backbone: MergedBackbone, heads: Mapping[str, Head]) -> None:
         """Create the parameters; `self.tasks` is set."""
 
+    def look(self, backbone: MergedBackbone, images: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """What a route wants to see of the images [B, …] before their forward with `weights`; default: nothing."""
+
     def weights(self, task: str, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The tower's parameters for this task."""
         return weights

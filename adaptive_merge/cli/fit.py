@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,12 @@ from rich.console import Console
 from adaptive_merge import upstream
 from adaptive_merge.callbacks import Guard, Ledger, protect, watchers
 from adaptive_merge.callbacks.guard.guard import Select, check_oracle
+from adaptive_merge.callbacks.safe.preemption import Preemption
 from adaptive_merge.callbacks.safe.ranks import RunStopped
 from adaptive_merge.callbacks.safe.safeguards import safeguards
 from adaptive_merge.cli.configs import layered
 from adaptive_merge.cli.hints import explain
+from adaptive_merge.cli.stopped import Place, answering
 from adaptive_merge.cli.trainer import check_end, check_trainer, refusal, restoring
 from adaptive_merge.coefficients.files import save_coefficients
 from adaptive_merge.data import TaskStream
@@ -30,9 +33,10 @@ from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import AdaptiveMergeError, InputError
 from adaptive_merge.limits import VALUES, check_names, check_nesting
+from adaptive_merge.runs.backdoor import attack_success
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
-from adaptive_merge.runs.folder import START_FILES, SaveConfig, publish, refuse_run, remove_run, undoing
+from adaptive_merge.runs.folder import SaveConfig, check_name, claim, holding, open_folder, publish, undoing
 from adaptive_merge.runs.log import RunLog
 from adaptive_merge.runs.results import evaluate, summary
 from adaptive_merge.suites import Suite, load_suite
@@ -55,7 +59,8 @@ _LOAD = jsonargparse.get_loader("yaml")
 
 def run(arguments: list[str]) -> None:
     """Run `fit` or `validate`, named in the arguments; raises AdaptiveMergeError for what the user has to mend."""
-    AdaptiveMergeCLI(args=arguments)
+    with answering() as place, ExitStack() as held:
+        AdaptiveMergeCLI(args=arguments, held=held, place=place)
 
 
 def fit(arguments: list[str]) -> None:
@@ -71,10 +76,13 @@ def validate(arguments: list[str]) -> None:
 class AdaptiveMergeCLI(LightningCLI):
     """A suite, a module made of parts, a stream over the suite's images, and a run folder."""
 
-    def __init__(self, args: list[str], run: bool = True) -> None:
+    def __init__(
+        self, args: list[str], run: bool = True, held: ExitStack | None = None, place: Place | None = None
+    ) -> None:
         _quiet()
         _stay_local()
         self._run, self._parsers, self._undo = run, [], None
+        self._held, self._place = held or ExitStack(), place or Place()
         try:
             self._build(args, run)
         except Exception as error:
@@ -200,21 +208,14 @@ class AdaptiveMergeCLI(LightningCLI):
             return
         settings.weights_only = True
         check_names(self.folder.parts[1:], "folder of a run", "--run.name")
-        check_writable(self.folder)
+        check_name(settings.run.root, settings.run.name or settings.model.recipe)
         if settings.model.cache:
             check_writable(Path(settings.model.cache))
         self._undo = undoing(self.folder)
+        self.journal = self._held.enter_context(holding(self.folder))
+        self._place.folder = self.folder
         settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(self.folder)
-        last = self.folder / "checkpoints" / "last.ckpt"
-        if settings.run.if_exists == "resume" and last.is_file():
-            settings.ckpt_path = str(last)
-        elif settings.run.if_exists == "resume" and (self.folder / "results.json").is_file():
-            raise InputError(
-                f"{self.folder} holds the results of a run but no checkpoint to go on from; choose another --run.name, "
-                "or replace the run with --run.if_exists overwrite"
-            )
-        elif settings.run.if_exists == "refuse" and not _lies_in(settings.ckpt_path, self.folder):
-            refuse_run(self.folder)
+        settings.ckpt_path = claim(self.journal, settings.run.if_exists, settings.ckpt_path)
         self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
 
     def instantiate_classes(self) -> None:
@@ -248,6 +249,8 @@ class AdaptiveMergeCLI(LightningCLI):
         ours = [*self._guard(trainer.callbacks), Ledger(str(self.folder)), *safeguards(self.folder, trainer.callbacks)]
         trainer.callbacks.extend([*ours, last])
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        upstream.leave_signals(trainer)
+        self._place.launcher = trainer.strategy.launcher
         return trainer
 
     def _guard(self, given: list[Callback]) -> list[Guard]:
@@ -272,18 +275,20 @@ class AdaptiveMergeCLI(LightningCLI):
         check_end(self.settings.trainer, endless=not self.datamodule.draws.end)
         if any(isinstance(one, Guard) and one.select == "oracle" for one in self.trainer.callbacks):
             check_oracle(self.trainer, self.datamodule, endless=True)
-        if self.settings.run.if_exists != "refuse" and not self.settings.ckpt_path:
-            resumes = self.settings.run.if_exists == "resume"
-            remove_run(self.folder, START_FILES if resumes else ())  # only now that nothing more can be wrong
+        # Only now that nothing more can be wrong.
+        open_folder(self.journal, self.settings.run.if_exists, self.settings.ckpt_path)
         self.model.start_folder = self.folder
         self.loaded = time.perf_counter()
 
     def after_fit(self) -> None:
         """Keep what was learned, score the views, write `results.json`, print the table."""
         adapted = time.perf_counter()
-        if table := self.model.coefficients.table():
-            save_coefficients(self.folder / "coefficients.json", table)
         self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Preemption):
+                callback.settle(self.trainer)
+        if (table := self.model.coefficients.table()) and self.trainer.is_global_zero:
+            save_coefficients(self.folder / "coefficients.json", table)
         evaluation = evaluate(self.trainer, self.model, self.datamodule)
         seconds = {
             "load": self.loaded - STARTED,
@@ -303,6 +308,8 @@ class AdaptiveMergeCLI(LightningCLI):
             guard=guard.record() if guard else None,
             notes=self._get(self.config_init, "suite").notes,
         )
+        if trigger := self._get(self.config_init, "suite").trigger:
+            results["backdoor"] = attack_success(self.model, self.datamodule, trigger)
         publish(results, self.folder)
         if self.trainer.is_global_zero and self.settings.run.report:
             from adaptive_merge.report.html import report_run  # here, because matplotlib takes a second to import
@@ -320,10 +327,6 @@ class AdaptiveMergeCLI(LightningCLI):
         """Print the accuracies of the view that was validated."""
         scores = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
         Console().print(scores)
-
-
-def _lies_in(path: str | None, folder: Path) -> bool:
-    return path is not None and folder.resolve() in Path(path).resolve().parents
 
 
 def _stay_local() -> None:

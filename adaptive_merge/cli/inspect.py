@@ -13,7 +13,9 @@ from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.files import strict_json
 from adaptive_merge.limits import check_header, read_json
+from adaptive_merge.process.locks import holder
 from adaptive_merge.runs.checkpoint import read_checkpoint
+from adaptive_merge.runs.journal import Journal
 from adaptive_merge.runs.measures import measures
 from adaptive_merge.runs.reading import read_run
 
@@ -46,10 +48,13 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not results.is_file() and not checkpoint.is_file():
         raise InputError(f"{folder}: neither results.json nor checkpoints/last.ckpt is there; this is not a run folder")
+    journal = Journal(folder)
     content: dict[str, Any] = {
         "run": str(folder),
-        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
+        "files": sorted(str(path.relative_to(folder)) for path in journal.files),
     }
+    if running := holder(folder / ".lock"):
+        content["running"] = f"process {running['process']} on {running['host']}, since {running['since']}"
     if results.is_file():
         content["results"] = read_json(results, strict=False)
         content |= _measured(folder)

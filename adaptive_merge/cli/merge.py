@@ -10,7 +10,7 @@ from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_tensors
+from adaptive_merge.files import check_output, save_tensors
 
 __all__ = ["merge"]
 
@@ -20,7 +20,9 @@ def merge(arguments: list[str]) -> None:
     parser = Parser("adaptive-merge merge", description=merge.__doc__)
     parser.add_argument("source", nargs="+", help=SOURCES)
     parser.add_argument("--output", default="merged.safetensors", help="file to write (default: merged.safetensors)")
+    parser.add_argument("--force", action="store_true", help="replace the file of --output, if it is there")
     options = parser.parse_args(arguments)
+    check_output(options.output, options.force)
     module = load_run(*options.source)
     if module.start is not None and module.begun is None:
         raise InputError(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import AdaptiveMergeError, InputError
+from adaptive_merge.files import check_output
 from adaptive_merge.report.html import write_report
+from adaptive_merge.runs.journal import recording
 from adaptive_merge.runs.reading import read_run
 
 __all__ = ["report"]
@@ -27,9 +29,14 @@ def report(arguments: list[str]) -> None:
         default=importlib.util.find_spec("sklearn") is not None,
         help="project features with t-SNE beside PCA; needs scikit-learn (default: where it is installed)",
     )
+    parser.add_argument("--force", action="store_true", help="replace the file of --output, if it is there")
     options = parser.parse_args(arguments)
+    if options.output:
+        check_output(options.output, options.force)
     folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
-    written = write_report(_readable(options.runs), options.output or folder / "report.html", options.tsne)
+    output = Path(options.output or folder / "report.html")
+    with recording(output):
+        written = write_report(_readable(options.runs), output, options.tsne)
     write(f"wrote {written}")
 
 

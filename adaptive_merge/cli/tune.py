@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from adaptive_merge.callbacks.safe.preemption import EXIT_REQUEUE, EXIT_TERMINATED
 from adaptive_merge.callbacks.safe.ranks import RunStopped
 from adaptive_merge.cli.allowlist import VARIABLE, open_packages
 from adaptive_merge.cli.grid import Grid, Trial, arguments_of, parse_grid, plan
@@ -24,6 +23,7 @@ from adaptive_merge.engine.scoring import CRITERIA
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_json
 from adaptive_merge.privacy import scrub
+from adaptive_merge.process.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_TERMINATED
 from adaptive_merge.runs.ranking import BY, Candidate, check_by, conclusion, marked, rank, table
 from adaptive_merge.runs.reading import read_run
 
@@ -73,7 +73,7 @@ def _candidate(trial: Trial, place: str) -> Candidate:
         write(f"{place} {trial.name}: running, see {log}")
         began = time.perf_counter()
         code = _fit(trial.arguments, log)
-        if code in (EXIT_REQUEUE, EXIT_TERMINATED):
+        if code in (EXIT_REQUEUE, EXIT_TERMINATED, EXIT_INTERRUPTED):
             raise SystemExit(code)  # told to stop: the run has saved its state, and the same command goes on from it
         if code not in (0, RunStopped.exit_code) or not (trial.folder / "results.json").is_file():
             problem = f"failed with exit code {code}: {_last_words(log)}"
@@ -135,7 +135,7 @@ def _passing_on() -> Iterator[tuple[Callable[[subprocess.Popen[bytes]], None], l
         for number in tuple(told):
             child.send_signal(number)
 
-    for name in ("SIGTERM", "SIGUSR1"):
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
         with suppress(ValueError, AttributeError):  # not the main thread, where somebody else answers; Windows
             number = getattr(signal, name)
             before[number] = signal.signal(number, pass_on)
@@ -145,7 +145,7 @@ def _passing_on() -> Iterator[tuple[Callable[[subprocess.Popen[bytes]], None], l
         for child in children:
             child.terminate()  # it saves first; the terminal may have interrupted it as well, or may not
             child.wait()
-        raise
+        raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

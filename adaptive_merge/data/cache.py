@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +25,9 @@ from torchvision.transforms import functional as transform
 
 from adaptive_merge.data.images import Images
 from adaptive_merge.data.sources import ImageSource, eight_bit
-from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_json
+from adaptive_merge.errors import InputError, StorageError
+from adaptive_merge.files import reserve, save_json
+from adaptive_merge.process.locks import locked
 
 __all__ = ["cached_images", "resized"]
 
@@ -34,6 +36,7 @@ FORMAT: Final = "adaptive_merge.images"
 VERSION: Final = 1
 # What `resized` does, as a part of the cache's key: change it there and here together.
 TRANSFORM: Final = "shortest edge bicubic, centre crop, RGB"
+_NO_FLOCK: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS, Lustre
 _CHUNK: Final = 256  # images between two notes of how far the build is
 
 
@@ -62,7 +65,8 @@ def cached_images(
     stem = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{key[:16]}"
     shape = (len(source), size, size, 3)
     workers, built = workers or min(os.cpu_count() or 1, 8), False
-    with _locked(stem.with_suffix(".lock")):
+    whole = stem.with_suffix(".json").is_file()  # then it is only read, perhaps from where nobody may write
+    with nullcontext() if whole else _locked(stem):
         if built := not stem.with_suffix(".json").is_file():
             pixels = _build(source, stem, shape, key, name, workers)
             header = {"format": FORMAT, "version": VERSION, "key": key, "shape": shape, "transform": TRANSFORM}
@@ -88,11 +92,9 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
 def _build(source: ImageSource, stem: Path, shape: tuple[int, ...], key: str, name: str, workers: int) -> str:
     """Decode what is missing; returns the digest of all pixels."""
     partial, note = stem.with_suffix(".partial"), stem.with_suffix(".progress")
-    done, noted = _done(note, partial, shape, key)
-    pixels = np.memmap(partial, np.uint8, mode="r+" if done else "w+", shape=shape)
-    digest = _digest(pixels, done)
-    if done and digest.hexdigest() != noted:
-        done, digest = 0, _digest(pixels, 0)
+    reserve(partial, int(np.prod(shape)))
+    pixels = np.memmap(partial, np.uint8, mode="r+", shape=shape)
+    done, digest = _done(note, pixels, key)
     _LOG.info("task %s: decoding %d of %d images into %s", name, shape[0] - done, shape[0], stem.parent)
     with ThreadPoolExecutor(workers) as pool, Progress(transient=True, disable=not os.isatty(2)) as bar:
         told = bar.add_task(escape(f"decoding {name}"), total=shape[0], completed=done)
@@ -102,7 +104,7 @@ def _build(source: ImageSource, stem: Path, shape: tuple[int, ...], key: str, na
                 pixels[row] = image
             digest.update(memoryview(pixels[rows.start : rows.stop].reshape(-1)))
             pixels.flush()
-            save_json(note, {"key": key, "done": rows.stop, "digest": digest.hexdigest()})
+            save_json(note, {"key": key, "done": rows.stop, "pixels": digest.hexdigest()})
             bar.update(told, completed=rows.stop)
     os.replace(partial, stem.with_suffix(".u8"))
     note.unlink(missing_ok=True)
@@ -130,15 +132,16 @@ def _decoded(source: ImageSource, index: int, size: int, name: str) -> np.ndarra
         raise InputError(f"task {name!r}: image {index} cannot be decoded ({error!r}); replace it") from error
 
 
-def _done(note: Path, partial: Path, shape: tuple[int, ...], key: str) -> tuple[int, str]:
-    """How many images an interrupted build of the same cache has left, and their digest; 0 where there is none."""
+def _done(note: Path, pixels: np.ndarray, key: str) -> tuple[int, Any]:
+    """How many images an interrupted build of the same cache has left, and their digest; 0 where they are damaged."""
     try:
-        found = json.loads(note.read_text())
-        fits = found["key"] == key and partial.stat().st_size == int(np.prod(shape))
-        done = int(found["done"])
-        return (done, str(found["digest"])) if fits and 0 < done <= shape[0] else (0, "")
+        header = json.loads(note.read_text())
+        done = int(header["done"]) if header["key"] == key else 0
+        if 0 < done <= len(pixels) and (digest := _digest(pixels, done)).hexdigest() == header["pixels"]:
+            return done, digest
     except (OSError, ValueError, KeyError, TypeError):
-        return 0, ""
+        pass
+    return 0, _digest(pixels, 0)
 
 
 def _digest(pixels: np.ndarray, count: int) -> Any:
@@ -167,9 +170,15 @@ def _read_header(stem: Path, key: str, shape: tuple[int, ...]) -> dict[str, Any]
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _locked(stem: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that holds it, on file systems without `flock` too."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(stem.with_suffix(".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise StorageError(f"{stem.parent}: cannot be written to ({error.strerror or error})") from error
+            stack.enter_context(locked(stem.with_suffix(".lock"), f"image cache {stem}", wait=True))
         yield

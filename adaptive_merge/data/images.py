@@ -19,7 +19,8 @@ class Images:
 
     Args:
         pixels: uint8 [N, H, W] (gray) or [N, H, W, 3].
-        labels: int64 [N], class of each image. Without labels a run is scored by its agreement with the experts.
+        labels: int64 [N], class of each image, or [N, k] of its k units, such as patches. Without labels a run is
+            scored by its agreement with the experts.
         classes: class names, where they are known; labels lie in [0, len(classes)).
         fingerprint: of shape and pixels, where it is known already: that of a memory-mapped file would read it all.
     """
@@ -77,11 +78,18 @@ def _cause(pixels: Tensor) -> str:
     return ""
 
 
+def _of_units(labels: Tensor, images: int, classes: int) -> bool:
+    """Whether they are of several units an image, and not one-hot."""
+    if labels.dim() != 2 or len(labels) != images or labels.shape[1] < 2:
+        return False
+    return labels.shape[1] != classes or bool(((labels < 0) | (labels > 1)).any() or (labels.sum(1) > 1).any())
+
+
 def _check_labels(labels: Tensor, images: int, classes: int) -> None:
     kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
     if not isinstance(kind, torch.dtype) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise InputError(f"labels must be an integer tensor [N], the class of each image, got {kind}")
-    if labels.dim() != 1:
+    if labels.dim() != 1 and not _of_units(labels, images, classes):
         remedy = "`labels.flatten()`" if labels.numel() == images else "one class an image, such as `labels.argmax(-1)`"
         raise InputError(f"labels must be [N], the class of each image, got shape {tuple(labels.shape)}; give {remedy}")
     if len(labels) != images:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any, Final, Literal
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,6 +17,7 @@ from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.protocols import Protocol, Transductive
 from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler, chosen
 from adaptive_merge.errors import InputError
+from adaptive_merge.process.signals import ignore_signals
 from adaptive_merge.upstream import keep_samplers
 
 __all__ = ["Share", "TaskStream"]
@@ -133,7 +136,7 @@ class TaskStream(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Unlabelled steps, from the one that the trainer has reached; without end, but in a single pass."""
         sampler = StepSampler(self._steps_taken, self.draws.end)
-        return DataLoader(self._steps(), batch_size=None, sampler=sampler, num_workers=self.num_workers)
+        return self._loader(self._steps(), sampler)
 
     def taken(self) -> Iterator[dict[str, Tensor]]:
         """This process's images, task → int64, of each step that the trainer has taken; none is read."""
@@ -146,12 +149,17 @@ class TaskStream(pl.LightningDataModule):
         loaders = []
         for task, images in self.images.items():
             share = self.scored[task][rank::world].split(self.eval_batch_size)
-            loaders.append(DataLoader(_Scored(task, images, share), batch_size=None, num_workers=self.num_workers))
+            loaders.append(self._loader(_Scored(task, images, share)))
         return loaders
 
     def predict_dataloader(self) -> list[DataLoader]:
         """The scored images, as for validation."""
         return self.val_dataloader()
+
+    def _loader(self, dataset: Dataset, sampler: StepSampler | None = None) -> DataLoader:
+        """Batches as the dataset makes them."""
+        workers = self.num_workers
+        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=_begin_worker)
 
     def _steps(self) -> _Steps:
         take = {task: self.images[task].take for task in self.draws.pools}
@@ -173,6 +181,13 @@ def _read(images: Mapping[str, Images], task: str, corruption: Corruption | None
             f"the images of task {task!r} are a {type(images[task]).__name__}; give am.Images(pixels, labels, classes)"
         )
     return CorruptedImages(images[task], corruption) if corruption else images[task]
+
+
+def _begin_worker(number: int) -> None:
+    """A worker ends with its process, not before it; its generators are seeded as Lightning would."""
+    ignore_signals()
+    if os.environ.get("PL_SEED_WORKERS") == "1":
+        pl_worker_init_function(number)
 
 
 class _Steps(Dataset):

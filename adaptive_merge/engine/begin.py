@@ -26,8 +26,8 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.sealed import load_sealed, save_sealed
-from adaptive_merge.starts.base import Problem, Solution, Start
-from adaptive_merge.starts.store import FileStore
+from adaptive_merge.starts.base import Problem, Solution, Start, Store
+from adaptive_merge.starts.store import FileStore, SharedStore
 
 __all__ = ["FILE", "PARTIAL", "Begun", "begin", "load_begun", "rebased"]
 
@@ -157,7 +157,9 @@ def _problem(
         experts.tasks, experts.layout, experts.pretrained, experts.vectors, backbone.constants, experts.own
     )
     images = {task: _Normalised(stream, task, backbone) for task in experts.tasks}
-    store = FileStore(folder / PARTIAL) if folder and trainer.is_global_zero and trainer.world_size == 1 else None
+    store: Store | None = FileStore(folder / PARTIAL) if folder else None
+    if isinstance(store, FileStore) and trainer.world_size > 1:
+        store = SharedStore(store, trainer.is_global_zero, trainer.strategy.broadcast)
 
     def progress(done: int, total: int) -> None:
         for callback in getattr(trainer, "callbacks", ()):

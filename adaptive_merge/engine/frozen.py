@@ -8,14 +8,14 @@ import logging
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_json
+from adaptive_merge.files import reserve, save_json
 from adaptive_merge.sealed import load_sealed, save_sealed
 
 __all__ = ["FrozenOutputs"]
@@ -129,8 +129,8 @@ class _Table:
 
     def _map(self, width: int) -> None:
         path = self.paths[".f32"]
-        mode: Literal["r+", "w+"] = "r+" if path.is_file() and path.stat().st_size == self.size * width * 4 else "w+"
-        self.file = np.memmap(path, dtype=np.float32, mode=mode, shape=(self.size, width))
+        reserve(path, self.size * width * 4)
+        self.file = np.memmap(path, dtype=np.float32, mode="r+", shape=(self.size, width))
         self.values = torch.from_numpy(self.file)
 
     def missing(self, position: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Adapter
 from adaptive_merge.adapters.heads import HeadLike, check_width, frozen_heads, warn_of_scales
+from adaptive_merge.adapters.route import Route
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
 from adaptive_merge.merge.backbone import Edit, MergedBackbone
@@ -62,6 +64,11 @@ class AdaptedModel(nn.Module):
         return not any(adapter.changes_tower and adapter.needs_task for adapter in self.adapters)
 
     @property
+    def route(self) -> Route | None:
+        """The adapter that says which task an image is of; None: there is none."""
+        return next((adapter for adapter in self.adapters if isinstance(adapter, Route)), None)
+
+    @property
     def plain_tower(self) -> bool:
         """Whether the tower is the merged backbone and nothing else, so that a fixed merge has fixed features."""
         return not any(adapter.changes_tower for adapter in self.adapters)
@@ -74,6 +81,7 @@ class AdaptedModel(nn.Module):
         features: Tensor | None = None,
         adapted: bool = True,
         blocks: bool = False,
+        scores: Tensor | None = None,
     ) -> Prediction:
         """Predict a batch of one task.
 
@@ -84,12 +92,19 @@ class AdaptedModel(nn.Module):
             features: [B, d] of the shared tower, where they are known already.
             adapted: False leaves the adapters out.
             blocks: also give the mean token after each block.
+            scores: [B, T] of the route, where `features` are given.
         """
         adapters = tuple(self.adapters) if adapted and task in self.tasks else ()
         means: list[Tensor] = []
         if features is None:
             features = self._features(task, images, weights, adapters, means if blocks else None)
-        return self._classify(task, features, adapters, tuple(mean[: features.shape[0]] for mean in means))
+            scores = self.scores(features.shape[0]) if adapters else None
+        prediction = self._classify(task, features, adapters, tuple(mean[: features.shape[0]] for mean in means))
+        return replace(prediction, scores=scores, row=self.tasks.index(task)) if adapters else prediction
+
+    def scores(self, images: int) -> Tensor | None:
+        """The route's scores [B, T] of the images that ran last; of none, towers are given one nevertheless."""
+        return None if self.route is None else self.route.scores()[:images]
 
     def shared_features(
         self, images: Tensor, weights: Mapping[str, Tensor] | None = None, adapted: bool = True
@@ -106,6 +121,15 @@ class AdaptedModel(nn.Module):
         adapters = [adapter for adapter in self.adapters if adapted and not adapter.needs_task]
         return self._features(None, images, weights, adapters, None)
 
+    def merged_state_dict(self, task: str | None) -> dict[str, Tensor]:
+        """The merged weights as plain tensors; with a task, as its adapters change them."""
+        merged = self.backbone.merged_state_dict()
+        if task is None:
+            return merged
+        for adapter in self.adapters:
+            merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
+        return merged
+
     def _features(
         self,
         task: str | None,
@@ -116,6 +140,8 @@ class AdaptedModel(nn.Module):
     ) -> Tensor:
         weights = self.backbone.merge() if weights is None else weights
         for adapter in adapters:
+            if images is not None:
+                adapter.look(self.backbone, images, weights)
             weights = adapter.weights(_subject(adapter, task), weights)
         return self.backbone(images, weights, self._edits(task, adapters, weights, means))
 

@@ -17,10 +17,11 @@ from adaptive_merge.coefficients.linear import Fixed
 from adaptive_merge.engine import identity
 from adaptive_merge.engine.batches import check_batch
 from adaptive_merge.engine.begin import Begun, begin, rebased
-from adaptive_merge.engine.choices import experts_of, merged_of
+from adaptive_merge.engine.choices import check_settings, experts_of, merged_of
 from adaptive_merge.engine.frozen import FrozenOutputs
 from adaptive_merge.engine.memory import joint_is_small
 from adaptive_merge.engine.model import AdaptedModel
+from adaptive_merge.engine.perturb import check_share
 from adaptive_merge.engine.replay import replay
 from adaptive_merge.engine.scored import ScoredModule
 from adaptive_merge.engine.scoring import TaskScore
@@ -28,6 +29,7 @@ from adaptive_merge.engine.step import Batch, Step
 from adaptive_merge.engine.strategy import announce, bound_waiting, closing, suit_ddp
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
+from adaptive_merge.engine.unknown import TaskName, check_task_name
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.backbone import MergedBackbone
 from adaptive_merge.merge.placement import BankKind
@@ -35,7 +37,7 @@ from adaptive_merge.merge.rule import Rule
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Objective, Prediction
 from adaptive_merge.objectives.certainty import Entropy
-from adaptive_merge.schedule import Stage, at_step, check_rates
+from adaptive_merge.schedule import Stage, adam, at_step, check_rates
 from adaptive_merge.starts.base import Start
 from adaptive_merge.transforms.base import Transform
 
@@ -73,6 +75,7 @@ class AdaptiveMerge(ScoredModule):
             weights and their gradients are exchanged every step. All learn the same.
         blocks: pattern of the names of the backbone's repeated blocks (`layer*.*`), for all that works on blocks;
             default: told by the parameters' names, see `merge.blocks`.
+        task: `"unknown"`: scored without the name of an image's task; the adapters' route picks the head.
     """
 
     def __init__(
@@ -96,25 +99,24 @@ class AdaptiveMerge(ScoredModule):
         unseen: Sequence[str] = (),
         bank: BankKind = "resident",
         blocks: str | None = None,
+        task: TaskName = "known",
     ) -> None:
         super().__init__()
-        if accumulate not in ("auto", "joint", "per_task"):
-            raise InputError(f"unknown accumulate {accumulate!r}; choose 'auto', 'joint' or 'per_task'")
-        if stages and objective:
-            raise InputError("give either one objective or stages with an objective each, not both")
+        check_settings(accumulate, stages, objective)
         self.recipe, self.accumulate, self.blocks = recipe, accumulate, blocks
         self.lr, self.adapter_lr = lr, lr if adapter_lr is None else adapter_lr
         check_rates(self.lr, self.adapter_lr, betas, weight_decay)
         self.betas, self.weight_decay = betas, weight_decay
         self.experts, self.unseen = experts_of(task_vectors, blocks), tuple(unseen)
-        merged = merged_of(self.experts, self.unseen, transforms)
-        self.model = AdaptedModel(
-            MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank), heads, adapters, self.unseen
-        )
+        before, merged = merged_of(self.experts, self.unseen, transforms)
+        tower = MergedBackbone(backbone, merged, coefficients or Fixed(0.3), bank, before)
+        self.model = AdaptedModel(tower, heads, adapters, self.unseen)
         # A rule says by `requires_grad` what of it learns; stages switch that on and off.
         self.rule_parameters = [value for value in self.coefficients.parameters() if value.requires_grad]
         self.stages = list(stages) or [Stage(1, "all", objective or Entropy())]
-        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[task]) for task in self.experts.tasks)
+        self.task = check_task_name(task, self.model, recipe)
+        routed = (len(merged.tasks) * (self.model.route is not None), task == "unknown")
+        self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[t], *routed) for t in self.experts.tasks)
         self.said: dict[str, Tensor] = {}
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
@@ -138,7 +140,7 @@ class AdaptiveMerge(ScoredModule):
     @property
     def merged_experts(self) -> TaskVectors:
         """The experts in the merge, before any transform."""
-        return self.experts.select(self.tasks) if self.unseen else self.experts
+        return self.model.backbone.experts
 
     def go_on_from(self, begun: Begun) -> None:
         """Merge around a start's solution from now on: coefficients at 0, adapters made anew."""
@@ -208,6 +210,7 @@ class AdaptiveMerge(ScoredModule):
         """Where no image was kept on any process: without gradients Adam leaves everything alone, moments included."""
         if self._nothing_kept:
             optimizer.zero_grad()
+        self.coefficients.withhold_()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """One for what modules have no hook for; this is also the last hook before the processes form their group."""
@@ -223,6 +226,7 @@ class AdaptiveMerge(ScoredModule):
             merged = self.merged_experts
             self.go_on_from(begin(self.start, self.model, merged, self.trainer, self._parts, self.start_folder))
         self.model.backbone.placement.open(self.trainer.global_rank, self.trainer.world_size)
+        check_share(self.stages, self._owns_tasks())
         suit_ddp(self.trainer, partly_used=bool(self.model.adapters))
 
     def teardown(self, stage: str) -> None:
@@ -235,13 +239,9 @@ class AdaptiveMerge(ScoredModule):
         if self.trainer.max_steps == 0:
             return None
         self.check_learns()
-        groups = [
-            {"params": self.rule_parameters, "lr": self.lr},
-            {"params": list(self.model.adapters.parameters()), "lr": self.adapter_lr},
-        ]
-        kind = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
-        groups = [group for group in groups if group["params"]]
-        return kind(groups, betas=self.betas, weight_decay=self.weight_decay)
+        shared, *own = self.coefficients.rated(self.rule_parameters, self.lr)
+        adapters = [*self.model.adapters.parameters()], self.adapter_lr
+        return adam((shared, adapters, *own), self.betas, self.weight_decay)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then bring projected coefficients back into their bounds."""
@@ -264,12 +264,7 @@ class AdaptiveMerge(ScoredModule):
 
     def merged_state_dict(self, task: str | None = None) -> dict[str, Tensor]:
         """The merged weights as plain tensors that load into the plain backbone; with a task, its tints included."""
-        merged = self.model.backbone.merged_state_dict()
-        if task is None:
-            return merged
-        for adapter in self.model.adapters:
-            merged = {name: value.detach().clone() for name, value in adapter.weights(task, merged).items()}
-        return merged
+        return self.model.merged_state_dict(task)
 
     @property
     def method(self) -> dict[str, Any]:
@@ -285,11 +280,15 @@ class AdaptiveMerge(ScoredModule):
         """Say which method and data the few kilobytes belong to; the recipe's label is for people."""
         data = self._data or identity.of_data(None)
         checkpoint["adaptive_merge"] = {"recipe": self.recipe, "method": self.recorded_method, "data": data}
+        states = [stage.objective.state_dict() for stage in self.stages]
+        checkpoint |= {"objectives": states} if any(states) else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what was learned by another method or, to go on learning, on other data."""
         going_on = self._trainer is not None and self._trainer.training
         identity.check(checkpoint, self.method, self._data if going_on else None)
+        for stage, state in zip(self.stages, checkpoint.get("objectives", ())):
+            stage.objective.load_state_dict(state)
 
     def enter(self, stage: Stage) -> Objective:
         """Let learn what learns in a stage; its objective."""
@@ -302,7 +301,8 @@ class AdaptiveMerge(ScoredModule):
     def _joint(self, objective: Objective, batch: Batch) -> bool:
         """Whether a step is one graph; the same answer on all processes."""
         changes = self.coefficients.learns or not self.model.plain_tower  # else features are cached
-        fits = self.model.shares_tower and changes and not objective.needs_blocks
+        bare = not objective.needs_blocks and not objective.perturbs
+        fits = self.model.shares_tower and changes and bare
         if self.accumulate != "auto" or not fits:
             return fits and self.accumulate == "joint"
         if self._small is None:

@@ -16,6 +16,7 @@ from adaptive_merge.engine.model import AdaptedModel
 from adaptive_merge.engine.scoring import TaskScore
 from adaptive_merge.engine.teachers import FrozenViews
 from adaptive_merge.engine.typed import ListOf
+from adaptive_merge.engine.unknown import TaskName, check_protocol, predict
 from adaptive_merge.engine.views import VIEWS, View
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
@@ -36,6 +37,8 @@ class ScoredModule(pl.LightningModule):
     scores: ListOf[TaskScore]
     begun: Begun | None
     stages: Sequence[Stage]
+    recipe: str
+    task: TaskName
     view: View = "adapted"
     _compares = False
 
@@ -132,6 +135,18 @@ class ScoredModule(pl.LightningModule):
         finally:
             self.view, self._compares = before, False
 
+    def predict(self, images: Tensor, task: str | None = None) -> tuple[list[str], list[Tensor]]:
+        """The task and the predicted classes of each image, in evaluation mode.
+
+        Args:
+            images: [B, …].
+            task: of all images; None: the route says it, image by image.
+
+        Raises:
+            InputError: no task for a model without a route, or with adapters that need it.
+        """
+        return predict(self.model, images.to(self.model.backbone.device), task, self.recipe)
+
     @property
     def _stream(self) -> TaskStream | None:
         """The trainer's data module, where it is a stream of ours."""
@@ -144,6 +159,8 @@ class ScoredModule(pl.LightningModule):
         if stream and set(stream.protocol.unseen) != set(self.unseen):
             left_out = [list(stream.protocol.unseen), list(self.unseen)]
             raise InputError("the protocol leaves out {}, the module {}; give both the same tasks".format(*left_out))
+        if stream and self.task == "unknown":
+            check_protocol(stream.protocol)
         balanced = any(stage.objective.smooth_maximum is not None for stage in self.stages)
         if stream and balanced and stream.schedule == "shuffled":
             raise InputError(
@@ -166,3 +183,11 @@ class ScoredModule(pl.LightningModule):
     def _source(self, task: str) -> Any:
         """The images that a batch's indices point into; None in a loop without a TaskStream."""
         return self._stream.images.get(task) if self._stream else None
+
+
+class CloseBank(pl.Callback):
+    """After an error a process merges alone again: it may have something to save."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, ScoredModule):
+            pl_module.model.backbone.placement.close()

@@ -11,11 +11,13 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.objectives.base import Prediction
 from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy, undefined
 
-__all__ = ["CRITERIA", "TaskScore"]
+__all__ = ["CRITERIA", "ROUTED", "TaskScore"]
 
 CRITERIA = {"agreement": 1, "js": -1, "entropy": -1}
 """Label-free, with the sign of what is better: share of units on which model and expert predict the same, mean
 Jensen–Shannon divergence to the expert in nats, mean entropy over ln C."""
+ROUTED = ("routing", "known", "unknown")
+"""Of a route: share of images that it sends to their task; accuracy with the task known, and left to the route."""
 _BINS = 15
 
 
@@ -26,18 +28,28 @@ class TaskScore(Metric):
     2017) over 15 bins of equal width, both in [0, 1], where labels were given, and the `CRITERIA` where the expert's
     predictions were; nothing where no image was counted.
 
+    Where a route gave scores, `routing` is the share of images that it sends to this task, `known` the accuracy with
+    the task's head on all images, `unknown` that of which an image sent elsewhere counts as wrong, and `gates` [T] the
+    mean scores.
+
     Args:
         head: of the task.
+        tasks: T, of a model with a route; 0: it has none.
+        unknown: whether `accuracy` is that of images whose task is not known.
     """
 
     full_state_update = False
     bins: Tensor
     compared: Tensor
     undefined: Tensor
+    routed: Tensor
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, tasks: int = 0, unknown: bool = False) -> None:
         super().__init__()
-        self._predict, self.metric = head.predict, head.metric()
+        self._predict, self.metric, self._unknown = head.predict, head.metric(), unknown
+        self.sent = head.metric()
+        # Images, those sent here, summed scores.
+        self.add_state("routed", torch.zeros(2 + tasks), dist_reduce_fx="sum")
         # Rows: units, correct, summed confidence. Sums, not lists: a process's share of a task may be empty.
         self.add_state("bins", torch.zeros(3, _BINS), dist_reduce_fx="sum")
         self.add_state("compared", torch.zeros(1 + len(CRITERIA)), dist_reduce_fx="sum")
@@ -65,11 +77,19 @@ class TaskScore(Metric):
         self.metric.update(predicted, labels)
         if not len(labels):
             return
+        if ours.scores is not None:
+            self._route(ours.scores, ours.row, predicted, labels)
         confidence = ours.logits.float().softmax(-1).amax(-1)
         place = (confidence.nan_to_num() * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence])
         # Not in place: `reset` may have made the sums in inference mode.
         self.bins = self.bins.index_add(1, place, rows)
+
+    def _route(self, scores: Tensor, row: int | None, predicted: Tensor, labels: Tensor) -> None:
+        here = scores.argmax(1).eq(-1 if row is None else row)
+        counts = torch.stack([torch.ones_like(here), here], 1)
+        self.routed = self.routed + torch.cat([counts, scores.detach().float()], 1).sum(0)
+        self.sent.update(predicted.where(here.repeat_interleave(len(predicted) // len(here)), -1), labels)
 
     def compute(self) -> dict[str, Tensor]:
         """Name → value.
@@ -89,6 +109,11 @@ class TaskScore(Metric):
         found = {}
         if units.sum():
             found = {"accuracy": self.metric.compute(), "ece": (correct - confidence).abs().sum() / units.sum()}
+        if self.routed[0]:
+            images, here, *scores = self.routed
+            found |= {"known": found["accuracy"], "unknown": self.sent.compute(), "routing": here / images}
+            found |= {f"gate {row}": score / images for row, score in enumerate(scores)}
+            found |= {"accuracy": found["unknown"]} if self._unknown else {}
         if self.compared[0]:
             found |= dict(zip(CRITERIA, self.compared[1:] / self.compared[0]))
         return found
@@ -97,3 +122,4 @@ class TaskScore(Metric):
         """Start the next count."""
         super().reset()
         self.metric.reset()
+        self.sent.reset()

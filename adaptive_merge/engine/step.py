@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.func import functional_call
 
 from adaptive_merge.engine.collected import Collected
 from adaptive_merge.engine.model import AdaptedModel
+from adaptive_merge.engine.perturb import perturbed
 from adaptive_merge.objectives.base import Objective, Prediction
 from adaptive_merge.objectives.functional import normalised_entropy
 
@@ -74,9 +76,12 @@ class Step:
         if not self.batch:  # more processes than tasks
             return self._idle(joint=True)
         images = torch.cat([part["image"] for part in self.batch.values()])
-        features = self.model.shared_features(images).split([len(part["image"]) for part in self.batch.values()])
-        pairs = zip(self.batch, features)
-        losses = torch.stack([self._loss(task, self.model(task, None, features=part)) for task, part in pairs])
+        sizes, features = [len(part["image"]) for part in self.batch.values()], self.model.shared_features(images)
+        scores = self.model.scores(len(images))
+        parts = zip(self.batch, features.split(sizes), [None] * len(sizes) if scores is None else scores.split(sizes))
+        losses = torch.stack(
+            [self._loss(task, self.model(task, None, features=part, scores=own)) for task, part, own in parts]
+        )
         if self.alpha is None:
             return losses.sum()
         log_sum = self._log_sum()
@@ -103,6 +108,8 @@ class Step:
             options["blocks"] = self.objective.needs_blocks
             call = (task, part["image"])
             prediction = functional_call(model, leaves, call, options) if leaves else model(*call, **options)
+            if self.objective.perturbs:
+                prediction = replace(prediction, perturbed=self._perturbed(task, prediction, weights, leaves))
             loss = self._loss(task, prediction)
             collected.add(loss, self.exponents.get(task))
             total += loss.detach()
@@ -116,6 +123,17 @@ class Step:
             terms.append(model.backbone.inject(state, [weight.grad for weight in weights.values()]))
         dot = torch.stack(terms).sum()
         return total + (dot - dot.detach())
+
+    def _perturbed(
+        self, task: str, prediction: Prediction, weights: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+    ) -> Tensor:
+        def logits(images: Tensor) -> Tensor:
+            said: Prediction = functional_call(self.model, dict(leaves), (task, images), {"weights": weights})
+            return said.logits
+
+        average = partial(self._average, task)
+        images = self.batch[task]["image"]
+        return perturbed(task, images, prediction, self.model.backbone, self.objective, logits, average)
 
     def _idle(self, joint: bool) -> Tensor:
         learning = [value for value in self.model.adapters.parameters() if value.requires_grad]

@@ -93,6 +93,7 @@ def _identity(bank: TaskVectors, transforms: Sequence[Any]) -> str:
 
 
 def _apply(bank: TaskVectors, transforms: Sequence[Any]) -> TaskVectors:
+    bank = bank.dense()  # of factors, for they look at all entries
     for transform in transforms:
         bank = transform(bank)
     return bank

@@ -20,7 +20,13 @@ from adaptive_merge.weights.manifest import sha256_of_files
 
 __all__ = ["plain", "write_card"]
 
-_LIBRARY: Final = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx", "safetensors": "safetensors"}
+_LIBRARY: Final = {
+    "open_clip": "open_clip",
+    "hf": "transformers",
+    "onnx": "onnx",
+    "safetensors": "safetensors",
+    "module": "adaptive_merge",
+}
 _LOAD: Final = {
     "open_clip": 'import open_clip\n\nmodel, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")\n'
     "features = model.encode_image(images)",
@@ -30,6 +36,8 @@ _LOAD: Final = {
     '(output,) = session.run(None, {"images": images})  # float32 [batch, 3, height, width]',
     "safetensors": "from safetensors.torch import load_file\n\n"
     'backbone.load_state_dict(load_file("FOLDER/model.safetensors"))\nfeatures = backbone(images)',
+    "module": 'import adaptive_merge as am\n\nmodel = am.load_module("FOLDER")\n'
+    "tasks, classes = model.predict(images)  # or model.predict(images, task)",
 }
 
 _LOGITS: Final = "Logits of {} are `{}` with its tensors of `heads.safetensors`."

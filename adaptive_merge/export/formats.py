@@ -13,6 +13,7 @@ from torch import Tensor
 from adaptive_merge.adapters.heads import Head
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError
+from adaptive_merge.export.module_file import save_module
 from adaptive_merge.export.onnx_graph import write_onnx
 from adaptive_merge.export.tower import Folded, describe_tower
 from adaptive_merge.files import save_json, save_tensors
@@ -22,7 +23,7 @@ from adaptive_merge.weights.text_tower import read_text_tower
 
 __all__ = ["FORMATS", "Format", "Job", "write_heads"]
 
-Format = Literal["open_clip", "hf", "onnx", "safetensors"]
+Format = Literal["open_clip", "hf", "onnx", "safetensors", "module"]
 OPENAI_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 # A text tower of the smallest size: open_clip's loader wants one although the image tower is all there is.
@@ -142,11 +143,16 @@ def _write_onnx(job: Job) -> None:
     write_onnx(job.module, job.task, job.folder / "model.onnx")
 
 
+def _write_module(job: Job) -> None:
+    save_module(job.module, job.folder / "module.safetensors")
+
+
 FORMATS: Final[dict[str, Callable[[Job], None]]] = {
     "open_clip": _write_open_clip,
     "hf": _write_huggingface,
     "onnx": _write_onnx,
     "safetensors": _write_safetensors,
+    "module": _write_module,
 }
 
 

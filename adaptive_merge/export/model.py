@@ -19,9 +19,9 @@ from adaptive_merge.sealed import load_sealed
 __all__ = ["export_model"]
 
 _REFUSED: Final = (
-    "task {task!r} cannot be folded into {format}: {reasons}. Export it as onnx, or leave out --task: the shared merge "
-    "is written, and what the task has of its own stays in adapters.safetensors",
-    "what all tasks share cannot be folded into {format}: {reasons}. Export it as onnx",
+    "task {task!r} cannot be folded into {format}: {reasons}. Export it as module or onnx, or leave out --task: the "
+    "shared merge is written, and what the task has of its own stays in adapters.safetensors",
+    "what all tasks share cannot be folded into {format}: {reasons}. Export it as module or onnx",
 )
 
 
@@ -44,7 +44,7 @@ def export_model(
     Args:
         module: an adapted module.
         folder: to write; it must not exist, or be empty.
-        format: `"open_clip"`, `"hf"`, `"onnx"` or `"safetensors"`.
+        format: `"open_clip"`, `"hf"`, `"onnx"`, `"safetensors"` or `"module"`.
         task: this task's own model; default the merge that all tasks share.
         text: for open_clip, a full CLIP checkpoint to take the text tower from.
         check: load the folder again and compare it on 32 images.
@@ -58,7 +58,7 @@ def export_model(
     folder = Path(folder)
     _check_request(folder, format, text)
     folded = fold(module, task)
-    if folded.left and format != "onnx":
+    if folded.left and format not in ("onnx", "module"):
         raise InputError(_REFUSED[task is None].format(task=task, format=format, reasons="; ".join(folded.left)))
     training = module.training
     module.eval()

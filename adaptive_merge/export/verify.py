@@ -12,13 +12,14 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.export.formats import Job
+from adaptive_merge.export.module_file import load_module
 from adaptive_merge.export.onnx_graph import INPUT
 from adaptive_merge.export.tower import image_size, plain_tower, reference
 
 __all__ = ["BOUNDS", "IMAGES", "verify"]
 
 IMAGES: Final = 32
-BOUNDS: Final = {"open_clip": 0.0, "safetensors": 0.0, "hf": 1e-5, "onnx": 1e-5}
+BOUNDS: Final = {"open_clip": 0.0, "safetensors": 0.0, "hf": 1e-5, "onnx": 1e-5, "module": 1e-6}
 _PART: Final = 7  # a second batch size, to see that the graph takes any
 
 
@@ -33,7 +34,7 @@ def verify(job: Job, format: str) -> float:
     height, width = image_size(job.module.model.backbone)
     pixels = torch.randint(0, 256, (IMAGES, 3, height, width), generator=torch.Generator().manual_seed(0))
     images = job.module.model.backbone.normalise(pixels.to(torch.uint8))
-    wanted = reference(job.module, job.task, images, logits=format == "onnx")
+    wanted = reference(job.module, job.task, images, logits=format in ("onnx", "module"))
     with torch.no_grad():
         found = _LOADERS[format](job)(images)
     if found.shape != wanted.shape or not bool(found.isfinite().all()):
@@ -86,11 +87,17 @@ def _onnx(job: Job) -> Model:
     return run
 
 
+def _module(job: Job) -> Model:
+    loaded = load_module(job.folder, job.module.model.backbone.skeleton)
+    return loaded.model.shared_features if job.task is None else lambda images: loaded(str(job.task), images)
+
+
 _LOADERS: Final[dict[str, Callable[[Job], Model]]] = {
     "safetensors": _safetensors,
     "open_clip": _open_clip,
     "hf": _huggingface,
     "onnx": _onnx,
+    "module": _module,
 }
 
 

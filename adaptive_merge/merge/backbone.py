@@ -60,6 +60,7 @@ class MergedBackbone(nn.Module):
         task_vectors: the bank; its names are those of `backbone.named_parameters()`.
         coefficients: the rule of the merge, such as `LayerWise()`; bound to the bank here.
         bank: where the bank lives while it is merged: `"resident"`, `"streamed"` or `"sharded"`, see `placement`.
+        experts: the bank before transforms, for adapters that want the experts themselves; default: `task_vectors`.
 
     Raises:
         InputError: the bank's parameters or buffers are not the backbone's.
@@ -73,8 +74,10 @@ class MergedBackbone(nn.Module):
         task_vectors: TaskVectors,
         coefficients: Rule,
         bank: BankKind = "resident",
+        experts: TaskVectors | None = None,
     ) -> None:
         super().__init__()
+        self.experts = task_vectors if experts is None else experts
         _check_fit(backbone, task_vectors)
         if getattr(backbone, "image_mean", None) is not None:
             mean, std = backbone.image_mean, getattr(backbone, "image_std", None)

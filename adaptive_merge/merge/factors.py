@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.merge.layout import Layout
+from adaptive_merge.merge.state_dicts import digest
 
-__all__ = ["Change", "FactoredVectors", "Product", "dense"]
+__all__ = ["Change", "FactoredVectors", "Product"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ Change = Tensor | tuple[Product, ...]
 class FactoredVectors:
     """τ [T, P] as `TaskVectors.vectors` is read, of which only factors are held: float32, read-only.
 
-    `vectors[:, a:b]` is some of the columns, still as factors; `.float()` multiplies them out; rows are asked for, or
-    iterated over, one dense [P] at a time.
+    As of a tensor, `vectors[:, a:b]` is some of the columns, dense, multiplied out at that moment; so are rows [P], one
+    at a time. `narrow` and lists of rows multiply nothing.
 
     Args:
         layout: of the bank.
@@ -68,7 +70,7 @@ class FactoredVectors:
     @property
     def device(self) -> torch.device:
         """Where the factors are."""
-        return next((tensor.device for _, tensor in self.tensors()), torch.device("cpu"))
+        return next((value.device for row in self.changes for _, value in _named(row)), torch.device("cpu"))
 
     def __len__(self) -> int:
         return len(self.changes)
@@ -77,24 +79,24 @@ class FactoredVectors:
         return (self[row] for row in range(len(self)))
 
     @overload
-    def __getitem__(self, key: int) -> Tensor: ...
+    def __getitem__(self, key: int | tuple[slice, slice]) -> Tensor: ...
     @overload
-    def __getitem__(self, key: list[int] | tuple[slice, slice]) -> FactoredVectors: ...
+    def __getitem__(self, key: list[int]) -> FactoredVectors: ...
     def __getitem__(self, key: Any) -> Tensor | FactoredVectors:
         if isinstance(key, int):
             return self._row(self.changes[key])
         if isinstance(key, list):
             return FactoredVectors(self.layout, [self.changes[row] for row in key], self._columns)
         start, stop, _ = key[1].indices(self.shape[1])
-        columns = slice(self._columns.start + start, self._columns.start + max(start, stop))
-        return FactoredVectors(self.layout, self.changes, columns)
+        return torch.stack([self._row(change, start, max(start, stop)) for change in self.changes])
 
-    def float(self) -> Tensor:
-        """The columns at hand, dense [T, P]."""
-        return torch.stack([self._row(change) for change in self.changes])
+    def narrow(self, dim: int, start: int, length: int) -> FactoredVectors:
+        """Some neighbouring columns, still as factors."""
+        first = self._columns.start + start
+        return FactoredVectors(self.layout, self.changes, slice(first, first + length))
 
-    def split(self, size: int, dim: int = 1) -> Iterator[FactoredVectors]:
-        """The columns in neighbouring parts of `size`."""
+    def split(self, size: int, dim: int = 1) -> Iterator[Tensor]:
+        """The columns, dense, in neighbouring parts of `size`."""
         return (self[:, start : start + size] for start in range(0, self.shape[1], size))
 
     def to(self, device: torch.device | str) -> FactoredVectors:
@@ -108,52 +110,45 @@ class FactoredVectors:
 
     def numel(self) -> int:
         """Numbers that are held."""
-        return sum(tensor.numel() for _, tensor in self.tensors())
+        return sum(value.numel() for row in self.changes for _, value in _named(row))
 
     def element_size(self) -> int:
         """Bytes of one of them."""
         return 4
 
-    def digest(self, row: int) -> str:
-        """sha256 of a task's factors, over names, places and bytes."""
-        digest = hashlib.sha256(json.dumps([self.layout.names, self.layout.shapes]).encode())
-        for name, tensor in self.tensors(row):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    def digests(self) -> list[str]:
+        """sha256 of each task's factors, over names, places and bytes."""
+        header = json.dumps([self.layout.names, self.layout.shapes])
+        parts = [[(name, tuple(value.shape), digest(value)) for name, value in _named(row)] for row in self.changes]
+        return [hashlib.sha256(json.dumps([header, part]).encode()).hexdigest() for part in parts]
 
-    def tensors(self, row: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name → tensor, for files: `<task>.<parameter>`, then `.<first row>.<place>.high` and `.low` of products."""
-        for task in range(len(self)) if row is None else (row,):
-            for name, change in sorted(self.changes[task].items()):
-                if isinstance(change, Tensor):
-                    yield f"{task}.{name}", change
-                    continue
-                for place, product in enumerate(change):
-                    stem = f"{task}.{name}.{product.row}.{place}"
-                    yield from ((f"{stem}.high", product.high), (f"{stem}.low", product.low))
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """What is held, for files: `<prefix><row>.<parameter>`, and `.<place>.<first row>.high`, `.low` of products."""
+        return {f"{prefix}{row}.{n}": value for row, part in enumerate(self.changes) for n, value in _named(part)}
 
     @classmethod
-    def of_tensors(cls, layout: Layout, tasks: int, tensors: Mapping[str, Tensor]) -> FactoredVectors:
-        """What `tensors` named.
+    def of_tensors(cls, layout: Layout, tasks: int, tensors: Mapping[str, Tensor], prefix: str) -> FactoredVectors:
+        """What `named` named, among other tensors.
 
         Raises:
             ValueError, KeyError: other names.
         """
         changes: list[dict[str, Change]] = [{} for _ in range(tasks)]
-        for key, tensor in tensors.items():
-            task, _, name = key.partition(".")
+        products: dict[tuple[int, str], dict[int, Product]] = defaultdict(dict)
+        for key in (key for key in tensors if key.startswith(prefix)):
+            row, _, name = key.removeprefix(prefix).partition(".")
             if name in layout.names:
-                changes[int(task)][name] = tensor
+                changes[int(row)][name] = tensors[key]
             elif name.endswith(".high"):
-                name, row, _ = name.removesuffix(".high").rsplit(".", 2)
-                product = Product(int(row), tensor, tensors[f"{key.removesuffix('.high')}.low"])
-                known = changes[int(task)].get(name, ())
-                changes[int(task)][name] = (*known, product) if isinstance(known, tuple) else known
+                name, place, first = name.removesuffix(".high").rsplit(".", 2)
+                low = tensors[f"{key.removesuffix('.high')}.low"]
+                products[int(row), name][int(place)] = Product(int(first), tensors[key], low)
+        for (task, name), placed in products.items():
+            changes[task][name] = tuple(placed[place] for place in sorted(placed))
         return cls(layout, changes)
 
-    def _row(self, changes: Mapping[str, Change]) -> Tensor:
-        begin, end = self._columns.start, self._columns.stop
+    def _row(self, changes: Mapping[str, Change], start: int = 0, stop: int | None = None) -> Tensor:
+        begin, end = (self._columns.start + place for place in (start, self.shape[1] if stop is None else stop))
         row = torch.zeros(end - begin, device=self.device)
         for name, place in zip(self.layout.names, self.layout.slices):
             first, last = max(begin, place.start), min(end, place.stop)
@@ -162,9 +157,13 @@ class FactoredVectors:
         return row
 
 
-def dense(vectors: Tensor | FactoredVectors) -> Tensor:
-    """The vectors as one tensor."""
-    return vectors if isinstance(vectors, Tensor) else vectors.float()
+def _named(changes: Mapping[str, Change]) -> Iterator[tuple[str, Tensor]]:
+    for name, change in sorted(changes.items()):
+        if isinstance(change, Tensor):
+            yield name, change
+            continue
+        for place, product in enumerate(change):
+            yield from ((f"{name}.{place}.{product.row}.{n}", getattr(product, n)) for n in ("high", "low"))
 
 
 def _add(change: Change, out: Tensor, start: int, stop: int) -> None:

@@ -52,7 +52,8 @@ class BankPart:
         names = tuple(bank.names[member] for member in members)
         layout = Layout(names, tuple((cut.stop - cut.start,) for cut in inside))
         columns = slice(start, stop)
-        part = TaskVectors(bank.tasks, layout, bank.pretrained[columns], bank.vectors[:, columns], {})
+        vectors = bank.vectors.narrow(1, start, stop - start)
+        part = TaskVectors(bank.tasks, layout, bank.pretrained[columns], vectors, {})
         return cls(columns, tuple(members), tuple(inside), part)
 
     def of(self, values: Sequence[_Value]) -> list[_Value]:
@@ -69,7 +70,8 @@ class BankPart:
         if self.bank.device == device:
             return self
         bank = self.bank
-        pretrained, vectors = (_cross(tensor, device) for tensor in (bank.pretrained, bank.vectors))
+        vectors = _cross(bank.vectors, device) if bank.factors is None else bank.factors.to(device)
+        pretrained = _cross(bank.pretrained, device)
         return BankPart(
             self.columns, self.members, self.inside, TaskVectors(bank.tasks, bank.layout, pretrained, vectors, {})
         )

@@ -12,8 +12,8 @@ from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["combine", "project"]
 
-# A bfloat16 bank is widened to float32 piece by piece, so that the merge accumulates in float32 and the
-# temporary copy stays small: T · 2^20 · 4 bytes.
+# A bfloat16 bank is widened to float32, and factors are multiplied out, piece by piece, so that the merge accumulates
+# in float32 and the temporary copy stays small: T · 2^20 · 4 bytes.
 _WIDEN = 1 << 20
 
 
@@ -66,7 +66,7 @@ def _runs(bank: TaskVectors, group_of: Sequence[int]) -> Iterator[tuple[int, sli
 
 
 def _pieces(bank: TaskVectors, part: slice) -> Iterator[slice]:
-    if bank.vectors.dtype == torch.float32:
+    if bank.factors is None and bank.vectors.dtype == torch.float32:
         yield part
         return
     for start in range(part.start, part.stop, _WIDEN):

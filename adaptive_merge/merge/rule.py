@@ -36,6 +36,8 @@ class Rule(nn.Module, ABC):
     """Columns of `display`, such as parameter names."""
     free: bool = False
     """Whether what `display` shows learns without bounds, and so may run away."""
+    rates: Mapping[str, float] = {}
+    """Learning rates of parameters, by name, that are not the run's; known after `bind`."""
 
     @abstractmethod
     def bind(self, task_vectors: TaskVectors) -> Self:
@@ -60,6 +62,12 @@ class Rule(nn.Module, ABC):
             out: where to add; starts at zero.
         """
 
+    def rated(self, learned: Sequence[nn.Parameter], lr: float) -> list[tuple[list[nn.Parameter], float]]:
+        """Groups of parameters and their learning rates: first those of `learned` that have none of their own."""
+        own = [(value, self.rates[name]) for name, value in self.named_parameters() if name in self.rates]
+        others = [value for value in learned if all(value is not known for known, _ in own)]
+        return [(others, lr), *(([value], rate) for value, rate in own)]
+
     def rebase(self, task_vectors: TaskVectors) -> None:
         """Go on from a bank of the same tasks and parameters around a start: there θ is to be the bank's θ₀.
 
@@ -80,6 +88,12 @@ class Rule(nn.Module, ABC):
         if shown is None:
             return None
         return {task: dict(zip(self.groups, row)) for task, row in zip(self.tasks, shown.detach().tolist())}
+
+    def withhold_(self) -> None:
+        """Take away (`grad = None`) the gradients of what is not to move in this step; called before the optimiser's.
+
+        They exist by then on all processes, so parameters that take turns need no other DDP.
+        """
 
     def bound_(self) -> None:
         """Bring stored values back into their bounds; called after each optimiser step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError, did_you_mean
 
-__all__ = ["check_expert", "check_finite", "check_models", "differs", "mean", "shared"]
+__all__ = ["check_expert", "check_finite", "check_models", "differs", "digest", "mean", "shared"]
 
 # Counters that only training reads: they say nothing about a model and keep no models apart.
 _COUNTERS = ("num_batches_tracked", "n_averaged", "num_updates")
@@ -100,3 +101,11 @@ def check_expert(
             if value.is_floating_point() and (name not in buffers or differs([value, expert[name]]))
         },
     )
+
+
+def digest(tensor: Tensor, header: bytes = b"") -> str:
+    """sha256 of a header and a tensor's bytes."""
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    result = hashlib.sha256(header)
+    result.update(raw.numpy().data)
+    return result.hexdigest()

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.files import save_tensors
+from adaptive_merge.merge.factors import Change, FactoredVectors
 from adaptive_merge.merge.layout import Layout
-from adaptive_merge.merge.state_dicts import check_expert, check_finite, check_models, differs, mean, shared
+from adaptive_merge.merge.state_dicts import check_expert, check_finite, check_models, differs, digest, mean, shared
 
 __all__ = ["TaskVectors"]
 
@@ -34,7 +36,7 @@ class TaskVectors:
         tasks: one name per expert, in the order of the rows of `vectors`.
         layout: names and shapes of the parameters.
         pretrained: θ₀ [P], float32.
-        vectors: τ [T, P], float32 or bfloat16.
+        vectors: τ [T, P], float32 or bfloat16; or, of low-rank experts, their factors.
         buffers: what the backbone carries besides parameters; equal in all experts, or their mean.
         own: of floating-point buffers that are not the same in all models, such as BatchNorm's running statistics,
             everyone's values [1 + T, …]: the pre-trained model's, then each expert's.
@@ -53,12 +55,15 @@ class TaskVectors:
         tasks: Iterable[str],
         layout: Layout,
         pretrained: Tensor,
-        vectors: Tensor,
+        vectors: Tensor | FactoredVectors,
         buffers: Mapping[str, Tensor],
         own: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.tasks, self.layout = tuple(tasks), layout
-        self.pretrained, self.vectors, self.buffers, self.own = pretrained, vectors, dict(buffers), dict(own or {})
+        # Factors are read as a tensor is.
+        self.pretrained, self.vectors = pretrained, cast(Tensor, vectors)
+        self.factors = vectors if isinstance(vectors, FactoredVectors) else None
+        self.buffers, self.own = dict(buffers), dict(own or {})
 
     @classmethod
     def from_state_dicts(
@@ -109,6 +114,31 @@ class TaskVectors:
         merged = {name: mean(own[name]) if name in own else shared(name, v, experts) for name, v in carried.items()}
         return cls(tuple(experts), layout, base, vectors, merged, own)
 
+    @classmethod
+    def from_changes(cls, pretrained: Mapping[str, Tensor], changes: Mapping[str, Mapping[str, Change]]) -> TaskVectors:
+        """The bank of experts of which it is known what they changed, such as LoRA adapters; factors stay factors.
+
+        Args:
+            pretrained: name → parameter of the pre-trained backbone, which has no buffers.
+            changes: task → name → change; what is absent is as pre-trained.
+
+        Raises:
+            InputError: no expert, or one that changes a parameter that is not there.
+        """
+        if not changes:
+            raise InputError("there is no expert to merge; give at least one")
+        layout = Layout(tuple(pretrained), tuple(tuple(tensor.shape) for tensor in pretrained.values()))
+        for task, name in ((task, name) for task, change in changes.items() for name in change):
+            if name not in pretrained:
+                raise InputError(f"expert {task!r}: there is no parameter {name!r}{did_you_mean(name, pretrained)}")
+        check_finite("pre-trained weights", pretrained)
+        base = torch.cat([tensor.detach().float().flatten() for tensor in pretrained.values()])
+        return cls(tuple(changes), layout, base, FactoredVectors(layout, list(changes.values())), {})
+
+    def dense(self) -> TaskVectors:
+        """The bank with all task vectors as numbers; itself where they are."""
+        return self if self.factors is None else self.with_vectors(self.vectors[:, :])
+
     @property
     def names(self) -> tuple[str, ...]:
         """Parameter names, in `named_parameters()` order."""
@@ -122,25 +152,25 @@ class TaskVectors:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """sha256 of θ₀ (`"pretrained"`) and of each task vector, over names, shapes, dtype and bytes."""
-        rows = {"pretrained": self.pretrained} | dict(zip(self.tasks, self.vectors))
-        return {name: self._hash(row) for name, row in rows.items()}
+        rows = map(self._hash, self.vectors) if self.factors is None else self.factors.digests()
+        return {"pretrained": self._hash(self.pretrained)} | dict(zip(self.tasks, rows))
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the whole bank: task names, θ₀, every task vector and the buffers."""
         parts = [[task, self.fingerprints[task]] for task in ("pretrained", *self.tasks)]
-        parts += [[name, _digest(value)] for name, value in self.buffers.items()]
-        parts += [["own", name, _digest(value)] for name, value in self.own.items()]
+        parts += [[name, digest(value)] for name, value in self.buffers.items()]
+        parts += [["own", name, digest(value)] for name, value in self.own.items()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def identity(self, task: str) -> str:
         """What an expert's outputs follow from: fingerprints of θ₀, its τ and, where it has any, its own buffers."""
-        own = [_digest(value[1 + self._row(task)], name.encode()) for name, value in self.own.items()]
+        own = [digest(value[1 + self._row(task)], name.encode()) for name, value in self.own.items()]
         return " ".join([self.fingerprints["pretrained"], self.fingerprints[task], *own])
 
     def _hash(self, row: Tensor) -> str:
         header = json.dumps([self.names, self.layout.shapes, str(row.dtype)])
-        return _digest(row, header.encode())
+        return digest(row, header.encode())
 
     def to(self, device: torch.device | str) -> TaskVectors:
         """The same bank on `device`; itself where it is already there."""
@@ -183,7 +213,7 @@ class TaskVectors:
 
     def with_vectors(self, vectors: Tensor) -> TaskVectors:
         """The bank with other task vectors [T, P]: what a transform returns."""
-        if vectors.shape != self.vectors.shape:
+        if tuple(vectors.shape) != tuple(self.vectors.shape):
             raise InputError(
                 f"task vectors of shape {tuple(vectors.shape)} do not fit a bank of {tuple(self.vectors.shape)}"
             )
@@ -197,33 +227,33 @@ class TaskVectors:
             buffers: that θ* has in place of the experts' mean.
         """
         shift = self.pretrained - weights
-        vectors = torch.empty_like(self.vectors)
+        vectors = torch.empty(tuple(self.vectors.shape), dtype=self.vectors.dtype, device=self.device)
         for row, vector in zip(vectors, self.vectors):  # one at a time: no copy of all in float32
             row.copy_(vector.float() + shift)
         return TaskVectors(self.tasks, self.layout, weights, vectors, self.buffers | dict(buffers), self.own)
 
     def __add__(self, other: TaskVectors) -> TaskVectors:
-        return self.with_vectors(self.vectors + self._aligned(other))
+        return self.with_vectors(self.dense().vectors + self._aligned(other))
 
     def __sub__(self, other: TaskVectors) -> TaskVectors:
-        return self.with_vectors(self.vectors - self._aligned(other))
+        return self.with_vectors(self.dense().vectors - self._aligned(other))
 
     def __mul__(self, factor: float) -> TaskVectors:
-        return self.with_vectors(self.vectors * factor)
+        return self.with_vectors(self.dense().vectors * factor)
 
     __rmul__ = __mul__
 
     def __neg__(self) -> TaskVectors:
-        return self.with_vectors(-self.vectors)
+        return self.with_vectors(-self.dense().vectors)
 
     def _aligned(self, other: TaskVectors) -> Tensor:
         same = (self.tasks, self.layout) == (other.tasks, other.layout)
         if not same or not torch.equal(self.pretrained, other.pretrained):
             raise InputError("only banks of the same tasks over the same pre-trained weights can be combined")
-        return other.vectors
+        return other.dense().vectors
 
     def of(self, name: str) -> Tensor:
-        """τ of one parameter, [T, *shape]; a view, where the bank lies."""
+        """τ of one parameter, [T, *shape]; where the bank lies, a view unless it holds factors."""
         place = self.names.index(name)
         return self.vectors[:, self.layout.slices[place]].view(-1, *self.layout.shapes[place])
 
@@ -249,7 +279,8 @@ class TaskVectors:
             **({"blocks": self.layout.pattern} if self.layout.pattern else {}),
             "fingerprint": self.fingerprint,
         } | ({"made_of": made_of} if made_of else {})
-        tensors = {"pretrained": self.pretrained, "vectors": self.vectors}
+        tensors = {"pretrained": self.pretrained}
+        tensors |= {"vectors": self.vectors} if self.factors is None else self.factors.named("vectors.")
         tensors |= {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
         tensors |= {f"own.{name}": values for name, values in self.own.items()}
         save_tensors(path, tensors, {"adaptive_merge.task_vectors": json.dumps(header)})
@@ -272,7 +303,10 @@ class TaskVectors:
             layout = Layout(tuple(header["names"]), shapes, header.get("blocks"))
             buffers = {name: tensors[f"buffer.{name}"] for name in header["buffers"]}
             own = {name: tensors[f"own.{name}"] for name in header.get("own", ())}
-            bank = cls(tuple(header["tasks"]), layout, tensors["pretrained"], tensors["vectors"], buffers, own)
+            tasks, vectors = tuple(header["tasks"]), tensors.get("vectors")
+            if vectors is None:
+                vectors = FactoredVectors.of_tensors(layout, len(tasks), tensors, "vectors.")
+            bank = cls(tasks, layout, tensors["pretrained"], vectors, buffers, own)
             bank.made_of = header.get("made_of", "")
             intact = bank.fingerprint == header["fingerprint"]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -282,10 +316,3 @@ class TaskVectors:
         if not intact:
             raise InputError(f"{path}: the content does not match its own sha256; the file is damaged, copy it again")
         return bank
-
-
-def _digest(tensor: Tensor, header: bytes = b"") -> str:
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    digest = hashlib.sha256(header)
-    digest.update(raw.numpy().data)
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ from adaptive_merge.report.panels import Plan
 from adaptive_merge.report.style import label
 from adaptive_merge.runs.reading import Run
 
-__all__ = ["calibration", "features", "interference"]
+__all__ = ["calibration", "features", "interference", "routes"]
 
 
 def features(run: Run, tsne: bool) -> Iterator[Plan]:
@@ -105,6 +105,19 @@ def interference(run: Run) -> Iterator[Plan]:
             "Experts on each other's tasks",
             f"Accuracy in % of each expert with each task's head, on {_crossed(run)} images of it, drawn at random.",
             lambda: feature_figures.cross_accuracy(names, found.arrays["cross"]),
+            False,
+        )
+
+
+def routes(run: Run) -> Iterator[Plan]:
+    """Where a route sends the images of each task."""
+    found = run.results.get("routing")
+    if isinstance(found, dict) and isinstance(found.get("tasks"), dict):
+        tasks = [run.shown(task) for task in found["tasks"]]
+        yield (
+            "Routes by task",
+            "Mean score of each task (column) on the images of each task (row); the largest score is an image's task.",
+            lambda: feature_figures.route_matrix(tasks, np.array([row["scores"] for row in found["tasks"].values()])),
             False,
         )
 

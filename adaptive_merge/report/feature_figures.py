@@ -38,6 +38,7 @@ __all__ = [
     "representation_distance",
     "sign_conflicts",
     "subspace_alignment",
+    "route_matrix",
 ]
 
 _BINS = 15  # of the expected calibration error, as in Guo et al., ICML 2017
@@ -182,6 +183,14 @@ def subspace_alignment(views: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.set_xlim(0, 1.02)
     tune(axes, x="subspace alignment ratio", grid="x")
     legend(axes)
+    return figure
+
+
+@styled
+def route_matrix(tasks: Sequence[str], scores: np.ndarray) -> Figure:
+    """Mean scores [T, T] that a route gives each task (column) on the images of each task (row)."""
+    figure = _matrix(tasks, scores, "{:.2f}", SEQUENTIAL, (float(scores.min()), float(scores.max()) + 1e-9))
+    tune(figure.axes[0], grid=None, x="score of", y="images of")
     return figure
 
 

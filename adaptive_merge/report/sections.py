@@ -9,7 +9,7 @@ import numpy as np
 
 from adaptive_merge.engine.views import percent
 from adaptive_merge.report import coefficient_figures, figures
-from adaptive_merge.report.diagnostic_sections import calibration, features, interference
+from adaptive_merge.report.diagnostic_sections import calibration, features, interference, routes
 from adaptive_merge.report.panels import Plan, Section, draw
 from adaptive_merge.runs.reading import Run
 
@@ -54,6 +54,7 @@ def run_sections(run: Run, prefix: str, tsne: bool = False) -> list[Section]:
         (run.measure.capitalize(), chain(_accuracy(run), _prequential(run))),
         ("Coefficients", _coefficients(run)),
         ("Adaptation", chain(_adaptation(run), _resources(run))),
+        ("Routes", routes(run)),
         ("Features, interference, calibration", chain(features(run, tsne), interference(run), calibration(run))),
     )
     sections = [

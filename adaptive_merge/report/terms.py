@@ -40,6 +40,7 @@ _CHOICES = {
 _SIGNALS = {
     "agreement": "images that lost the experts' class",
     "marginal": "predictions that crowd into few classes",
+    "class": "a class that gets far more predictions than the expert gives it",
     "norm": "features of another length than the expert's",
     "coefficients": "coefficients out of the usual range",
 }

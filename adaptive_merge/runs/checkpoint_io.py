@@ -14,7 +14,7 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from adaptive_merge.errors import AdaptiveMergeError, InputError, MissingFileError
+from adaptive_merge.errors import InputError, MissingFileError, StorageError
 from adaptive_merge.files import replacing
 from adaptive_merge.runs.checkpoint import load_plain
 
@@ -24,10 +24,6 @@ _log = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"^\..+\.partial-(\d+)$")
 # A process id may have been given to another program since: after this long nobody is still writing kilobytes.
 _STALE_SECONDS = 3600
-
-
-class StorageError(AdaptiveMergeError, OSError):
-    """A file that cannot be written: a full disk, a quota, a read-only folder."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -58,7 +54,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 _write_and_verify(partial, buffer.getbuffer())
         except OSError as error:
             raise StorageError(
-                f"{path}: the checkpoint cannot be written ({error.strerror or error}); the previous one is untouched. "
+                f"{path}: the checkpoint cannot be written ({_reason(error)}); the previous one is untouched. "
                 "Make room, or choose another --run.root"
             ) from error
 
@@ -114,15 +110,18 @@ def check_writable(folder: str | Path) -> None:
             partial.write_bytes(b"0" * 4096)
         probe.unlink()
     except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be written to ({error.strerror or error}); choose another --run.root"
-        ) from error
+        raise StorageError(f"{folder}: cannot be written to ({_reason(error)}); choose another --run.root") from error
 
 
 def nearest(folder: str | Path) -> Path:
     """The folder itself, or the first of its parents that exists."""
     folder = Path(folder).absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _reason(error: OSError) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return cause.strerror or str(cause)
 
 
 def _abandoned(path: Path, process: int) -> bool:

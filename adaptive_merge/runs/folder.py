@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from pytorch_lightning import LightningModule, Trainer
@@ -15,20 +16,26 @@ from rich.console import Console
 
 from adaptive_merge.engine.begin import FILE, PARTIAL
 from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_json
+from adaptive_merge.files import observing, save_json, save_text
 from adaptive_merge.privacy import scrub
+from adaptive_merge.process.locks import locked
+from adaptive_merge.runs.checkpoint_io import check_writable
+from adaptive_merge.runs.journal import JOURNAL, KNOWN, Journal
 from adaptive_merge.runs.results import footing, table
 
-__all__ = ["RUN_FILES", "START_FILES", "SaveConfig", "publish", "refuse_run", "remove_run", "undoing"]
+__all__ = [
+    *("RUN_FILES", "START_FILES", "SaveConfig"),
+    *("check_name", "claim", "holding", "open_folder", "publish", "undoing"),
+]
 
 # A run that was killed before its first checkpoint goes on from these.
 START_FILES = (FILE, PARTIAL)
-# What a run writes, and what `overwrite` removes.
-RUN_FILES = (
-    *("config.yaml", "metrics.csv", "results.json", "coefficients.json", "report.html", "wandb.json"),
-    *("history.safetensors", "diagnostics.safetensors", "images.safetensors", "checkpoints"),
-    *START_FILES,
-)
+# Where a run writes, whatever it logs with.
+RUN_FILES = KNOWN
+# Once these are there, so was a checkpoint.
+_RESULTS = ("results.json", "coefficients.json")
+_LAST = "checkpoints/last.ckpt"
+IfExists = Literal["refuse", "resume", "overwrite"]
 
 
 # One of these, and a run was under way.
@@ -39,9 +46,11 @@ class SaveConfig(SaveConfigCallback):
     """`config.yaml` belongs to a run; validation leaves nothing behind."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.config = _scrubbed(self.config)
-            super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not self.already_saved:
+            folder = Path(trainer.log_dir)  # asked on all processes, for it is broadcast
+            if trainer.is_global_zero:
+                save_text(folder / self.config_filename, self.parser.dump(_scrubbed(self.config), skip_none=False))
+            self.already_saved = True
 
 
 def _scrubbed(value: Any, name: str = "") -> Any:
@@ -55,20 +64,122 @@ def _scrubbed(value: Any, name: str = "") -> Any:
     return scrub(value, name)
 
 
-@rank_zero_only
-def refuse_run(folder: Path) -> None:
-    """InputError where the folder holds a run; the configuration alone, of one that never began, is none."""
-    if any((folder / name).exists() for name in RUN_FILES if name != "config.yaml"):
+def check_name(root: str, name: str) -> None:
+    """InputError where a run would lie outside the folder of all runs."""
+    place = Path(name)
+    if place.is_absolute() or ".." in place.parts or not place.parts:
         raise InputError(
-            f"{folder} already holds a run; choose another --run.name, or --run.if_exists resume or overwrite"
+            f"--run.name {name!r} names no folder inside {root}; leave out `..` and a leading `/`, and say with "
+            "--run.root where runs are kept"
         )
 
 
+@contextmanager
+def holding(folder: Path) -> Iterator[Journal]:
+    """Lock the run folder while the block runs, and give its journal; only the first process of a run locks and writes.
+
+    Raises:
+        LockedError: another run is under way there.
+        StorageError: nothing can be written there.
+    """
+    if rank_zero_only.rank != 0:
+        yield Journal(folder)
+        return
+    check_writable(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _tidied(folder, made), locked(folder / ".lock", f"run folder {folder}"):
+        journal = Journal(folder)
+        with observing(journal.note):
+            yield journal
+
+
+@contextmanager
+def _tidied(folder: Path, made: Sequence[Path]) -> Iterator[None]:
+    """Nothing stays of a run that did not begin."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [JOURNAL] and made:
+                (folder / JOURNAL).unlink()
+            for path in made:
+                path.rmdir()
+
+
+def claim(journal: Journal, if_exists: IfExists, checkpoint: str | None = None) -> str | None:
+    """Look at what is in the folder; the checkpoint to go on from, if any. Nothing is changed.
+
+    Args:
+        journal: of the run folder.
+        if_exists: what the user wants of a run that is there.
+        checkpoint: one that the user has named, which stands for itself where it is this run's own.
+
+    Raises:
+        InputError: a run is there and is not to be touched; a file is in the way that no run wrote.
+    """
+    last = journal.folder / _LAST
+    resumes = if_exists == "resume" and last.is_file()
+    if rank_zero_only.rank == 0:
+        _check_foreign(journal)
+        if if_exists == "resume" and not resumes:
+            _check_unfinished(journal)
+        elif if_exists == "refuse" and not _lies_in(checkpoint, journal.folder):
+            _refuse(journal)
+    return str(last) if resumes else checkpoint
+
+
 @rank_zero_only
-def remove_run(folder: Path, keep: Sequence[str] = ()) -> None:
-    """Remove what a run wrote, and nothing else; files named in `keep` stay."""
-    for path in (folder / name for name in RUN_FILES if name not in keep):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def open_folder(journal: Journal, if_exists: IfExists, checkpoint: str | None) -> None:
+    """What an earlier run wrote goes where this one starts at its first step, and nothing else; then begin the journal.
+
+    Args:
+        journal: of the run folder.
+        if_exists: what the user wants of a run that is there.
+        checkpoint: that the run goes on from.
+    """
+    resumes = if_exists == "resume"
+    if if_exists != "refuse" and not checkpoint:
+        if resumes and journal.files:
+            kept = [path.name for path in journal.files if path.name in START_FILES]
+            tail = f" with what is solved of its start ({kept[0]})" if kept else ", for nothing was saved"
+            sys.stderr.write(f"{journal.folder}: no checkpoint to go on from; the run begins anew{tail}\n")
+        journal.remove(START_FILES if resumes else ())
+    journal.begin()
+
+
+def _check_foreign(journal: Journal) -> None:
+    if others := journal.foreign:
+        raise InputError(
+            f"{others[0]} is in the way, and no run of this program wrote it; move it elsewhere, or choose another "
+            "--run.name"
+        )
+    if leftovers := sorted(journal.folder.glob("hpc_ckpt_*.ckpt")):
+        raise InputError(
+            f"{leftovers[0]} was left by another program's requeueing, and Lightning would take it for this run's "
+            "checkpoint; move it elsewhere"
+        )
+
+
+def _check_unfinished(journal: Journal) -> None:
+    names = {path.relative_to(journal.folder).as_posix() for path in journal.files}
+    kept = sorted(name for name in names if name in _RESULTS or name.endswith(".ckpt"))
+    if kept:
+        raise InputError(
+            f"{journal.folder} holds {kept[0]} of a run but no checkpoint to go on from ({_LAST}); choose another "
+            "--run.name, name a checkpoint with --ckpt_path, or replace the run with --run.if_exists overwrite"
+        )
+
+
+def _refuse(journal: Journal) -> None:
+    if any(path.name not in ("config.yaml", JOURNAL) for path in journal.files):
+        raise InputError(
+            f"{journal.folder} already holds a run; choose another --run.name, or --run.if_exists resume or overwrite"
+        )
+
+
+def _lies_in(path: str | None, folder: Path) -> bool:
+    return path is not None and folder.resolve() in Path(path).resolve().parents
 
 
 def undoing(folder: Path) -> Callable[[], None]:

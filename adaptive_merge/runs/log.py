@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import rank_zero_experiment
+
+from adaptive_merge.files import note, sparing
 
 __all__ = ["RunLog"]
 
@@ -44,6 +47,19 @@ class RunLog(CSVLogger):
         writer.metrics, self._started = rows, True
         return writer
 
+    def save(self) -> None:
+        """Append the rows since the last time; where that fails they wait, and the run goes on."""
+        path = Path(self.log_dir) / "metrics.csv"
+        with sparing(path):
+            if self._experiment is not None and self._experiment.metrics:
+                note(path)
+            before = path.stat().st_size if path.is_file() else 0
+            try:
+                super().save()
+            except OSError:
+                _cut(path, before)
+                raise
+
     def _rows_before(self) -> list[dict[str, str]]:
         path = Path(self.log_dir) / "metrics.csv"
         if not self._resumed_at or not path.is_file():
@@ -56,3 +72,9 @@ class RunLog(CSVLogger):
             _LOG.warning("%s is damaged: only what comes before is kept (%s)", path, error)
         # A killed process may have left half a line.
         return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < self._resumed_at]
+
+
+def _cut(path: Path, size: int) -> None:
+    """Take back a row that was written in part."""
+    if path.is_file() and path.stat().st_size > size:
+        os.truncate(path, size)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.limits import read_yaml
 from adaptive_merge.privacy import scrub
 from adaptive_merge.runs.record import read_record
+from adaptive_merge.sealed import load_sealed
 
 __all__ = ["Curve", "Diagnostics", "History", "Run", "classes_of", "read_run", "read_tensors"]
 
@@ -147,9 +148,9 @@ def classes_of(folder: str | Path, task: str) -> list[str]:
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays and decoded metadata of a safetensors file whose metadata are JSON."""
-    with safe_open(path, framework="np") as file:
-        metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    tensors, texts = load_sealed(path, old=True)
+    metadata = {key: json.loads(value) for key, value in texts.items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}, metadata
 
 
 def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -176,10 +177,11 @@ def _read_curves(path: Path, notes: list[str]) -> dict[str, Curve]:
                 step = float(row["step"])
                 for key, value in row.items():
                     if value and key and key.startswith("train/"):
-                        points[key].append((step, float(value)))
+                        point = (step, float(value))  # first, so that what is no number leaves no empty curve
+                        points[key].append(point)
     except (ValueError, KeyError, TypeError, csv.Error):
         notes.append("metrics.csv is damaged: curves hold what could be read.")
-    return {key: (np.array(found)[:, 0], np.array(found)[:, 1]) for key, found in points.items()}
+    return {key: (np.array(found)[:, 0], np.array(found)[:, 1]) for key, found in points.items() if found}
 
 
 def _read_history(path: Path, notes: list[str]) -> History | None:

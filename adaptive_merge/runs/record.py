@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Final
 
 import numpy as np
 
@@ -34,8 +35,39 @@ def read_record(path: Path, notes: list[str]) -> dict[str, Any]:
         raise InputError(f"{path}: not results of this version of the program ({error!r}); run `fit` again") from error
 
 
+# What a report shows as it is, where it is there: key → its kind.
+_SHOWN: Final[dict[str, tuple[type, ...]]] = {
+    "recipe": (str,),
+    "seed": (int,),
+    "steps": (int,),
+    "trainable_parameters": (int,),
+    "peak_memory_bytes": (int,),
+    **{
+        key: (dict,)
+        for key in ("tasks", "seconds", "versions", "experts", "guard", "calibration", "criteria", "unseen")
+    },
+    **{key: (dict, NoneType) for key in ("protocol", "corruption", "online", "start")},
+}
+
+
+def _check_shown(results: dict[str, Any]) -> None:
+    for key, kinds in _SHOWN.items():
+        if key in results and not isinstance(results[key], kinds):
+            raise TypeError(f"{key}: {results[key]!r:.60}")
+    for key in ("versions", "experts"):
+        if not all(isinstance(value, str) for value in results.get(key, {}).values()):
+            raise TypeError(key)
+    _numbers(results.get("seconds", {}))
+    for key, name, kind in (("guard", "select", str), ("protocol", "name", str), ("corruption", "kind", str)):
+        if not isinstance((results.get(key) or {}).get(name, ""), kind):
+            raise TypeError(f"{key}: {name}")
+    if not isinstance((results.get("protocol") or {}).get("settings", {}), dict):
+        raise TypeError("protocol: settings")
+
+
 def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    tasks = results["tasks"]
+    tasks, _ = results["tasks"], results["recipe"]
+    _check_shown(results)
     if results["schema"] != 1 or not tasks:
         raise KeyError("schema")
     for row in tasks.values():

@@ -18,7 +18,7 @@ from torch import Tensor
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.engine.scoring import CRITERIA
+from adaptive_merge.engine.scoring import CRITERIA, ROUTED
 from adaptive_merge.engine.views import VIEWS, gain, percent
 from adaptive_merge.errors import printable
 from adaptive_merge.runs.online import prequential
@@ -59,7 +59,13 @@ def evaluate(
         found[view] = {
             task: {
                 name: float(metrics[key])
-                for name in ("accuracy", "ece", *CRITERIA)
+                for name in (
+                    "accuracy",
+                    "ece",
+                    *CRITERIA,
+                    *ROUTED,
+                    *(f"gate {row}" for row in range(len(module.tasks))),
+                )
                 if (key := f"{view}/{task}/{name}") in metrics
             }
             for task in module.scored_tasks
@@ -123,6 +129,8 @@ def summary(
         }
         found["online"] = {"final": scores["adapted"], "tasks": {task: asdict(one) for task, one in passes.items()}}
         scores["adapted"] = {task: one.accuracy for task, one in passes.items()}
+    if module.model.route is not None:
+        found["routing"] = _routing(module, evaluation["adapted"])
     sizes = found["protocol"]["scored_on"]
     found["tasks"] = {
         task: {"n": sizes[task]} | {view: scores[view][task] for view in scores} for task in module.scored_tasks
@@ -161,11 +169,15 @@ def table(results: Mapping[str, Any]) -> Table:
     started = "anchor" in results["average"]
     for name in ("pre-trained", "individual", "merged", *(["start"] * started), "adapted", "gain"):
         view.add_column(name, justify="right")
+    routing = results.get("routing")
+    for name in ("task found", "task known", "task unknown") if routing else ():
+        view.add_column(name, justify="right")
     unseen = results.get("unseen", {"tasks": []})
     for task, row in results["tasks"].items():
-        view.add_row(_shown(f"{task} (unseen)" if task in unseen["tasks"] else task), *_cells(row))
+        name = f"{task} (unseen)" if task in unseen["tasks"] else task
+        view.add_row(_shown(name), *_cells(row), *_routed_cells(routing, task))
     view.add_section()
-    view.add_row("average", *_cells(results["average"]), style="bold")
+    view.add_row("average", *_cells(results["average"]), *_routed_cells(routing), style="bold")
     if unseen["tasks"]:
         view.add_row("average of the unseen", *_cells(unseen["average"]), style="bold")
     return view
@@ -183,6 +195,7 @@ def footing(results: Mapping[str, Any]) -> str:
     words = ", each predicted before it was used" if results.get("online") else ""
     if corruption := results.get("corruption"):
         words += f"; {corruption['kind']}, severity {corruption['severity']}"
+    words += "; the task unknown" * (results.get("routing", {}).get("task") == "unknown")
     return f"protocol {protocol['name']}: adapted on {adapted:,} images, scored on {scored:,}{words}"
 
 
@@ -204,6 +217,24 @@ def _cells(row: Mapping[str, float]) -> list[str]:
 def _shown(name: str) -> str:
     """A name as rich shows it letter by letter."""
     return escape(printable(name))
+
+
+def _routed_cells(routing: Mapping[str, Any] | None, task: str | None = None) -> list[str]:
+    """How a route does on a task, or on average."""
+    row = {} if routing is None else routing["average"] if task is None else routing["tasks"].get(task, {})
+    return [f"{100 * row[name]:.1f}" for name in ROUTED if name in row]
+
+
+def _routing(module: AdaptiveMerge, rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Task → how often the route finds it, accuracy with the task known and unknown, mean score of each task."""
+    tasks = {
+        task: {name: rows[task][name] for name in ROUTED}
+        | {"scores": [round(rows[task][f"gate {row}"], 6) for row in range(len(module.tasks))]}
+        for task in module.tasks
+        if "routing" in rows[task]
+    }
+    average = {name: sum(row[name] for row in tasks.values()) / max(len(tasks), 1) for name in ROUTED}
+    return {"task": module.task, "tasks": tasks, "average": average}
 
 
 def _means(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> dict[str, float]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_tensors
+from adaptive_merge.sealed import load_sealed, save_sealed
 
-__all__ = ["FileStore"]
+__all__ = ["FileStore", "SharedStore"]
 
 _KEY = "adaptive_merge.start"
 
@@ -38,13 +38,47 @@ class FileStore:
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, KeyError, ValueError) as error:
+            tensors, metadata = load_sealed(self.path, old=True)
+            header = json.loads(metadata[_KEY])
+        except (KeyError, ValueError) as error:
             raise InputError(f"{self.path}: not the progress of a start ({error}); delete it to begin anew") from error
         return (header["done"], tensors) if header["identity"] == identity else None
 
     def save(self, identity: str, done: int, tensors: Mapping[str, Tensor]) -> None:
         """Replace the file."""
-        save_tensors(self.path, tensors, {_KEY: json.dumps({"identity": identity, "done": done})})
+        save_sealed(self.path, dict(tensors), {_KEY: json.dumps({"identity": identity, "done": done})})
+
+
+class SharedStore:
+    """The first process's file, for all processes of a run: what is solved is the same on all of them.
+
+    Args:
+        file: which the first process reads and writes.
+        first: whether this is that process.
+        broadcast: hands on what the first process has; called by all.
+    """
+
+    def __init__(self, file: FileStore, first: bool, broadcast: Callable[[Any], Any]) -> None:
+        self.file, self.first, self.broadcast = file, first, broadcast
+
+    def load(self, identity: str) -> tuple[int, dict[str, Tensor]] | None:
+        """As `FileStore.load`, on all processes at once.
+
+        Raises:
+            InputError: the first process's file is damaged.
+        """
+        kept: tuple[int, dict[str, Tensor]] | InputError | None = None
+        if self.first:
+            try:
+                kept = self.file.load(identity)
+            except InputError as error:
+                kept = error
+        kept = self.broadcast(kept)
+        if isinstance(kept, InputError):
+            raise kept
+        return kept
+
+    def save(self, identity: str, done: int, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the file."""
+        if self.first:
+            self.file.save(identity, done, tensors)

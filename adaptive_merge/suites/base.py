@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adaptive_merge.adapters.heads import HeadLike
 from adaptive_merge.data.images import Images
 from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.data.trigger import Trigger
 from adaptive_merge.merge.task_vectors import TaskVectors
 
 __all__ = ["Experts", "Suite"]
@@ -26,6 +27,7 @@ class Suite:
         heads: task → frozen classifier weight [C, d], or another `Head`.
         images: task → test images.
         notes: what was read → what its reader has to say about it.
+        trigger: of the backdoor that one of the experts is known to have.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Suite:
     heads: Mapping[str, HeadLike]
     images: Mapping[str, Images]
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    trigger: Trigger | None = None
 
     @property
     def data(self) -> TaskStream:

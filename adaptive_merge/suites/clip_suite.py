@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,14 @@ from adaptive_merge.data.cache import cached_images
 from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.sources import ImageSource
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
+from adaptive_merge.merge.factors import Change
 from adaptive_merge.merge.task_vectors import BANK_DTYPES, TaskVectors
 from adaptive_merge.suites.base import Experts, Suite
 from adaptive_merge.suites.clip_tasks import Sizes, open_clip_task, open_folder_task
 from adaptive_merge.weights import Manifest, check_agreement, read_head, read_weights
 from adaptive_merge.weights.clip import build_tower, read_architecture
+from adaptive_merge.weights.manifest import Weights
+from adaptive_merge.weights.sources import is_adapter
 from adaptive_merge.weights.text_tower import read_text_tower
 from adaptive_merge.weights.zero_shot import zero_shot_head
 
@@ -118,18 +121,31 @@ def load_clip_suite(suite: ClipSuite, lazy: bool = False) -> Suite:
 
     notes = {suite.pretrained: pretrained.manifest.notes}
 
-    def expert(task: str) -> dict[str, Tensor]:
+    def expert(task: str) -> Weights:
         weights = read_weights(suite.expert_path(task), quick_gelu=architecture.quick_gelu, base=pretrained)
         checked = check_agreement(pretrained, weights, name=task, projection=suite.projection)
         notes[suite.expert_path(task)] = checked.manifest.notes
-        return checked.tensors
+        return checked
 
-    experts, dtype = Experts(suite.tasks, expert), getattr(torch, suite.bank)
-    bank = TaskVectors.from_state_dicts(pretrained.tensors, experts, dtype=dtype)
+    bank = _bank(suite, pretrained.tensors, expert)
     size = architecture.image_size
     images = LazyImages({task: partial(_images, suite, task, sources.get(task), size, heads) for task in suite.tasks})
     _tell(notes)
     return Suite(suite.name, bank, backbone, heads, images if lazy else dict(images), notes)
+
+
+def _bank(suite: ClipSuite, pretrained: Mapping[str, Tensor], read: Callable[[str], Weights]) -> TaskVectors:
+    """The bank of the experts; LoRA adapters stay factors in it, unless it is to be in bfloat16."""
+    if suite.bank == "float32" and any(is_adapter(suite.expert_path(task)) for task in suite.tasks):
+        return TaskVectors.from_changes(pretrained, {task: _changes(read(task), pretrained) for task in suite.tasks})
+    experts = Experts(suite.tasks, lambda task: read(task).tensors)
+    return TaskVectors.from_state_dicts(pretrained, experts, dtype=getattr(torch, suite.bank))
+
+
+def _changes(expert: Weights, pretrained: Mapping[str, Tensor]) -> Mapping[str, Change]:
+    if expert.changes is not None:
+        return expert.changes
+    return {name: value - pretrained[name] for name, value in expert.tensors.items()}
 
 
 def _tell(notes: Mapping[str, Sequence[str]]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adaptive_merge.adapters.heads import HeadLike, LinearHead
 from adaptive_merge.data.images import Images, LazyImages
+from adaptive_merge.data.trigger import Trigger
 from adaptive_merge.errors import InputError, MissingFileError, check_normalisation
 from adaptive_merge.files import shipped
 from adaptive_merge.limits import ARRAY_BYTES, LimitError, check_header, check_names, read_json
@@ -60,7 +61,8 @@ def load_suite(
     The folder is laid out like the embedded one, or is a CLIP suite (`"kind": "clip"`, see configs/clip): then its
     `suite.json` says where checkpoints, heads and data sets lie. In the embedded layout a task may have the entry
     `"head": "linear"`: its head is then a linear layer on features as they are, with `<task>.bias` if the file has one.
-    Images without labels have no array `<split>_labels`. Experts that look locked against merging are warned of.
+    Images without labels have no array `<split>_labels`. An entry `"trigger"`, see `Trigger`, says that an expert has a
+    backdoor: runs then measure the attack. Experts that look locked against merging are warned of.
 
     Args:
         name: `"embedded"`, a folder that holds `suite.json`, or one that ships, such as `"clip/vit_b_32/8tasks"`.
@@ -122,7 +124,14 @@ def _load_plain(
         raise InputError(f"{folder}: {error}") from error
     images = LazyImages({task: partial(_read_images, folder, task, split, manifest) for task in chosen})
     heads = {task: _head(folder, heads, task, known[task]) for task in chosen}
-    return Suite(manifest["name"], bank, backbone, heads, images if lazy else dict(images))
+    trigger = Trigger.read(manifest["trigger"], _sizes(known)) if "trigger" in manifest else None
+    if trigger is not None and trigger.task not in chosen:
+        trigger = None
+    return Suite(manifest["name"], bank, backbone, heads, images if lazy else dict(images), trigger=trigger)
+
+
+def _sizes(tasks: dict[str, Any]) -> dict[str, int]:
+    return {task: len(entry["classes"]) for task, entry in tasks.items()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

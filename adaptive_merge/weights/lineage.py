@@ -52,7 +52,7 @@ def check_agreement(
     embed_dim = tensors["proj"].shape[1] if "proj" in tensors else None
     notes = (*expert.manifest.notes, *notes, *_normalisation(base, expert.manifest))
     manifest = dataclasses.replace(expert.manifest, projection=state, embed_dim=embed_dim, notes=notes)
-    return Weights({key: tensors[key] for key in expected}, manifest)
+    return Weights({key: tensors[key] for key in expected}, manifest, expert.changes)
 
 
 def _with_projection(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.merge.factors import Change, Product
 from adaptive_merge.weights.files import open_entries
 from adaptive_merge.weights.folders import Folder, read_json
 from adaptive_merge.weights.huggingface_names import from_huggingface
@@ -67,8 +68,9 @@ class Lora(Folder):
             loaders, _, _ = open_entries(file)
             entries |= {name: load() for name, load in loaders.items()}
         names, dropped = _tower_names(entries, settings.text_too, str(path))
-        tensors = _folded(dict(base.tensors), {names[name]: entries[name] for name in names}, settings, str(path))
-        check_finite(tensors, str(path))
+        tower = _Tower(dict(base.tensors), str(path))
+        _fold(tower, {names[name]: entries[name] for name in names}, settings)
+        check_finite(tower.tensors, str(path))
         manifest = dataclasses.replace(
             base.manifest,
             source=str(path),
@@ -80,7 +82,7 @@ class Lora(Folder):
             notes=settings.notes
             + _notes(dropped, settings.biases and not any(name.endswith("bias") for name in names)),
         )
-        return Weights(tensors, manifest)
+        return Weights(tower.tensors, manifest, tower.changes(base.tensors))
 
 
 @dataclass(frozen=True)
@@ -193,33 +195,87 @@ def _tower_names(entries: Mapping[str, Tensor], text_too: bool, path: str) -> tu
     return inside, [name for name in entries if name not in inside]
 
 
-def _folded(
-    tower: dict[str, Tensor], entries: Mapping[str, Tensor], settings: _Settings, path: str
-) -> dict[str, Tensor]:
-    """The tower with everything of the adapter in it; trained-whole tensors first, low-rank products on top."""
+class _Tower:
+    """The pre-trained tower while an adapter is folded into it, and what that changes.
+
+    Args:
+        tensors: of the tower; those that change are replaced, not written to.
+        path: of the adapter, for messages.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], path: str) -> None:
+        self.tensors, self.path = tensors, path
+        self._products: dict[str, list[Product]] = defaultdict(list)
+        self._whole: set[str] = set()  # what is no sum of products
+
+    def changes(self, base: Mapping[str, Tensor]) -> dict[str, Change]:
+        """Name → what was added to the tower's tensor: products where it is a sum of them."""
+        whole: dict[str, Change] = {name: self.tensors[name] - base[name] for name in self._whole}
+        return {name: tuple(products) for name, products in self._products.items()} | whole
+
+    def write(self, name: str, value: Tensor, more: bool = False) -> None:
+        """Replace (a part of) a tensor by one that was trained whole, or add to it where it is `more`."""
+        ours, rows = _place(self.tensors, name, self.path)
+        value = value.t() if ours == "proj" else value
+        self._check(self.tensors[ours][rows], value, name)
+        self._put(ours, rows, self.tensors[ours][rows] + value if more else value)
+        self._whole.add(ours)
+
+    def add(self, name: str, high: Tensor, low: Tensor, magnitude: Tensor | None) -> None:
+        """Add high [outputs, r] · low [r, inputs]; DoRA then gives each output the length `magnitude`."""
+        ours, rows = _place(self.tensors, name, self.path)
+        if ours == "proj":  # [inputs, outputs] in open_clip
+            high, low = low.t(), high.t()
+        part = self.tensors[ours][rows]
+        change = high @ low
+        self._check(part.flatten(1), change, name)
+        total = part + change.reshape(part.shape)
+        if magnitude is None:
+            self._products[ours].append(Product(rows.start or 0, high.contiguous(), low.contiguous()))
+        else:
+            matrix = total.t() if ours == "proj" else total.flatten(1)
+            lengths = torch.linalg.norm(matrix, dim=1, keepdim=True)
+            matrix = matrix * (magnitude.reshape(-1, 1) / lengths)
+            total = (matrix.t() if ours == "proj" else matrix).reshape(part.shape)
+            self._whole.add(ours)
+        self._put(ours, rows, total)
+
+    def _put(self, name: str, rows: slice, value: Tensor) -> None:
+        self.tensors[name] = self.tensors[name].clone()
+        self.tensors[name][rows] = value
+
+    def _check(self, place: Tensor, value: Tensor, name: str) -> None:
+        if place.shape != value.shape:
+            raise InputError(
+                f"`{self.path}`: tensor `{name}`: its product has shape {tuple(value.shape)}, the pre-trained tower "
+                f"{tuple(place.shape)} there; give the base that this adapter was trained on"
+            )
+
+
+def _fold(tower: _Tower, entries: Mapping[str, Tensor], settings: _Settings) -> None:
+    """Everything of the adapter into the tower; trained-whole tensors first, low-rank products on top."""
     modules: dict[str, _Module] = defaultdict(_Module)
     biases: dict[str, Tensor] = {}
     for name, tensor in entries.items():
         if name.endswith(".lora_B.bias"):
             biases[name.removesuffix(".lora_B.bias")] = tensor.float()
         elif match := _FACTOR.match(name):
-            _add_factor(modules, match[1], match[2].removeprefix("lora_"), tensor.float(), path)
+            _add_factor(modules, match[1], match[2].removeprefix("lora_"), tensor.float(), tower.path)
         else:
-            _write(tower, name.replace("base_layer.", ""), tensor.float(), path)
+            tower.write(name.replace("base_layer.", ""), tensor.float())
     for module, held in modules.items():
         low, high = (held.factors.get(kind, held.factors.get(f"embedding_{kind}")) for kind in "AB")
         if low is None or high is None:
             raise InputError(
-                f"`{path}`: module `{module}`: one factor of its product is missing; the file is incomplete"
+                f"`{tower.path}`: module `{module}`: one factor of its product is missing; the file is incomplete"
             )
         scale = settings.of(held.scaled_as, low.shape[0]) * held.times
-        embedding = "embedding_A" in held.factors
-        product = (high.flatten(1) @ low.flatten(1)) * scale
-        magnitude = held.factors.get("magnitude_vector")
-        _add(tower, f"{module}.weight", product.t() if embedding else product, magnitude, path)
+        factors = high.flatten(1) * scale, low.flatten(1)
+        if "embedding_A" in held.factors:
+            factors = factors[1].t(), factors[0].t()
+        tower.add(f"{module}.weight", *factors, held.factors.get("magnitude_vector"))
         if module in biases:
-            _add(tower, f"{module}.bias", biases[module] * scale, None, path)
-    return tower
+            tower.write(f"{module}.bias", biases[module] * scale, more=True)
 
 
 def _add_factor(modules: dict[str, _Module], name: str, kind: str, tensor: Tensor, path: str) -> None:
@@ -252,38 +308,6 @@ def _place(tower: Mapping[str, Tensor], name: str, path: str) -> tuple[str, slic
     if ours not in tower:
         raise InputError(f"`{path}`: tensor `{name}` has no place in a CLIP image tower; expected PEFT's names")
     return ours, rows
-
-
-def _write(tower: dict[str, Tensor], name: str, value: Tensor, path: str) -> None:
-    """Replace (a part of) a tensor of the tower by one that was trained whole."""
-    ours, rows = _place(tower, name, path)
-    tower[ours] = tower[ours].clone()
-    _fits(tower[ours][rows], value.t() if ours == "proj" else value, name, path)
-    tower[ours][rows] = value.t() if ours == "proj" else value
-
-
-def _add(tower: dict[str, Tensor], name: str, change: Tensor, magnitude: Tensor | None, path: str) -> None:
-    """Add a change, flattened to [outputs, inputs]; DoRA then gives each output the length `magnitude`."""
-    ours, rows = _place(tower, name, path)
-    change = change.t() if ours == "proj" else change
-    part = tower[ours][rows]
-    _fits(part.flatten(1) if part.dim() > 1 else part, change, name, path)
-    total = part + change.reshape(part.shape)
-    if magnitude is not None:
-        matrix = total.t() if ours == "proj" else total.flatten(1)
-        lengths = torch.linalg.norm(matrix, dim=1, keepdim=True)
-        matrix = matrix * (magnitude.reshape(-1, 1) / lengths)
-        total = (matrix.t() if ours == "proj" else matrix).reshape(part.shape)
-    tower[ours] = tower[ours].clone()
-    tower[ours][rows] = total
-
-
-def _fits(place: Tensor, value: Tensor, name: str, path: str) -> None:
-    if place.shape != value.shape:
-        raise InputError(
-            f"`{path}`: tensor `{name}`: its product has shape {tuple(value.shape)}, the pre-trained tower "
-            f"{tuple(place.shape)} there; give the base that this adapter was trained on"
-        )
 
 
 def _notes(dropped: list[str], lost: bool) -> tuple[str, ...]:

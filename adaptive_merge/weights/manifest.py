@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 from torch import Tensor
 
 from adaptive_merge.errors import InputError, check_normalisation
+from adaptive_merge.merge.factors import Change
 
 __all__ = ["METADATA_KEY", "Manifest", "Weights", "sha256_of_files"]
 
@@ -97,10 +98,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors (float32, by open_clip's names inside the visual tower, in `named_parameters()` order) and manifest."""
+    """Tensors (float32, by open_clip's names inside the visual tower, in `named_parameters()` order) and manifest.
+
+    `changes` is what they differ by from the pre-trained ones, where the file held that, such as low-rank factors.
+    """
 
     tensors: dict[str, Tensor] = field(repr=False)
     manifest: Manifest
+    changes: dict[str, Change] | None = field(default=None, repr=False)
 
 
 def whole(settings: dict[str, Any], name: str, source: str | Path, default: int | None = None) -> int | None:

@@ -13,7 +13,7 @@ from adaptive_merge.weights import huggingface, lora, open_clip  # noqa: F401 (i
 from adaptive_merge.weights.manifest import Manifest, Weights
 from adaptive_merge.weights.reader import Reader
 
-__all__ = ["locate", "read_weights", "reader_of"]
+__all__ = ["is_adapter", "locate", "read_weights", "reader_of"]
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_SUFFIXES: Final = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".safetensors", ".json")
@@ -46,7 +46,13 @@ def read_weights(
         Manifest("quick_gelu=", quick_gelu=quick_gelu),
         "leave out `quick_gelu=`, or correct the configuration, since the wrong one only shows as low accuracy",
     )
-    return Weights(weights.tensors, dataclasses.replace(stated.filled(origin, ""), source=str(path_or_id)))
+    manifest = dataclasses.replace(stated.filled(origin, ""), source=str(path_or_id))
+    return Weights(weights.tensors, manifest, weights.changes)
+
+
+def is_adapter(source: str) -> bool:
+    """Whether what a user names is a LoRA adapter."""
+    return lora.Lora().accepts(locate(source)[0])
 
 
 def reader_of(path: Path) -> Reader:

@@ -69,9 +69,23 @@ def judged(**values):
     return {(alarm.signal, alarm.task, alarm.stop) for alarm in judge(now, dict.fromkeys(now, FINE), None)}
 
 
+def test_a_class_beyond_what_the_expert_gives_is_named():
+    expert = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 0, 9], [9, 0, 0]])
+    ours = torch.tensor([[0.0, 0, 9], [0, 0, 9], [0, 0, 9], [9, 0, 0]])
+    features = torch.ones(4, 2)
+    seen = Signals.of(sums(Prediction(features, ours), Prediction(features, expert), 5), 3)
+    assert seen.crowd == 2
+    assert seen.excess == pytest.approx(float((ours.softmax(1) - expert.softmax(1)).mean(0)[2]), abs=1e-6)
+    (alarm,) = judge({"a": seen}, {"a": seen}, None)
+    assert "class 2 has 50% more of its predictions than the expert" in str(alarm)
+
+
 @pytest.mark.parametrize(
     ("values", "alarms"),
     [
+        ({"excess": 0.39, "crowd": 3}, set()),
+        ({"excess": 0.5, "crowd": 3}, {("class", "other", False)}),
+        ({"excess": 0.5, "marginal": 0.6}, {("marginal", "other", False)}),
         ({}, set()),
         ({"agreement": 0.72}, set()),  # 4 points in the mean
         ({"agreement": 0.69}, {("agreement", None, False)}),

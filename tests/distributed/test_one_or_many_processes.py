@@ -27,6 +27,11 @@ RECIPES = {
     "tinting++, one image, shuffled": (am.TintingPP, {}, {"images_per_task": 1, "schedule": "shuffled"}),
     "surgery, online": (am.Surgery, {"rank": 2, "lr": 0.01}, {"images_per_task": 5, "protocol": am.Online()}),
     "tinting++, online": (am.TintingPP, {}, {"images_per_task": 5, "protocol": am.Online()}),
+    "adversarial, six images": (
+        am.AdaMerging,
+        {"objective": am.Adversarial(weight=0.5, lr=0.01), "lr": 0.01},
+        {"images_per_task": 6},
+    ),
     "reliable and diverse entropy": (
         am.AdaMerging,
         {"objective": am.Entropy(diversity=0.5, reliable=0.9), "lr": 0.01},

@@ -1,5 +1,7 @@
 """A bank of which each process holds a slice: it learns what the whole bank learns."""
 
+from functools import partial
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -25,6 +27,22 @@ RECIPES = {
     "a mask, joint": (am.AdaptiveMerge, {"coefficients": ConcreteMask, "accumulate": "joint", "lr": 0.01}, {}),
     "a mask, per task": (am.AdaptiveMerge, {"coefficients": ConcreteMask, "accumulate": "per_task", "lr": 0.01}, {}),
     "a line, per task": (am.AdaptiveMerge, {"coefficients": am.DepthWise, "accumulate": "per_task"}, {}),
+    "a concrete mask in turns": (
+        am.AdaptiveMerge,
+        {"coefficients": partial(am.ConcreteMask, "layer", mask_steps=5), "lr": 1e-3},
+        {},
+    ),
+    "wemoe": (lambda *parts, **kind: am.AdaptiveMerge(*parts, adapters=[am.WEMoE(4)], lr=0.01, **kind), {}, {}),
+    "e-wemoe, coefficients learn": (
+        lambda *parts, **kind: am.AdaMerging(*parts, adapters=[am.EWEMoE(0.5, 4)], accumulate="joint", **kind),
+        {},
+        {},
+    ),
+    "twin": (
+        lambda *parts, **kind: am.AdaptiveMerge(*parts, adapters=[am.Twin(0.5, 4)], objective=am.Stream(), **kind),
+        {},
+        {"share": "tasks"},
+    ),
     # Of four processes one owns no task, and merges along with the others all the same.
     "tasks owned, joint": (am.AdaMerging, {"accumulate": "joint"}, {"share": "tasks"}),
     "tasks owned, surgery": (am.Surgery, {"rank": 2}, {"share": "tasks"}),
@@ -70,7 +88,7 @@ def build(name, bank="resident"):
     """The recipe's module, its images and the settings of its stream."""
     vectors, toy, heads, images = odd_parts(SIZES)
     make, settings, stream = RECIPES[name]
-    made = {key: value() if isinstance(value, type) else value for key, value in settings.items()}
+    made = {key: value() if callable(value) else value for key, value in settings.items()}
     return make(vectors, toy, heads, bank=bank, **made), images, stream
 
 

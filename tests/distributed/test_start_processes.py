@@ -1,15 +1,28 @@
 """A start on one process or two: the same solution, and learning goes on from it alike."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import perturbed
 from open_clip.transformer import VisionTransformer
 from processes import guarded, launch, parts, texts
 
 import adaptive_merge as am
+from adaptive_merge.starts.store import FileStore
 
 
-def run(rank, world, folder):
+class Blocks(pl.Callback):
+    """End the process after so many blocks of a start."""
+
+    def __init__(self, last):
+        self.last = last
+
+    def on_start_progress(self, trainer, done, total):
+        if done == self.last:
+            raise RuntimeError("killed")
+
+
+def run(rank, world, folder, last=None):
     bank, toy, heads, images = parts()
     module = am.AdaptiveMerge(
         bank,
@@ -22,11 +35,13 @@ def run(rank, world, folder):
     )
     module.start_folder = folder / f"world{world}"
     module.start_folder.mkdir(exist_ok=True)
-    trainer = guarded(folder, world, [], max_steps=5, limit_val_batches=0)
+    solved, save = [], FileStore.save
+    FileStore.save = lambda self, identity, done, tensors: (solved.append(done), save(self, identity, done, tensors))
+    trainer = guarded(folder, world, [Blocks(last)], max_steps=5, limit_val_batches=0)
     trainer.fit(module, datamodule=am.TaskStream(images, 8, start_images=13))
     values = {"weights": module.begun.weights, "coefficients": module.coefficients().detach()}
     values["distilled"] = distilled(world, folder, heads, images)
-    torch.save({"values": values, "images": module.begun.record["images"]}, folder / f"{rank}.pt")
+    torch.save({"values": values, "images": module.begun.record["images"], "solved": solved}, folder / f"{rank}.pt")
 
 
 def distilled(world, folder, heads, images):
@@ -73,3 +88,14 @@ def test_a_learned_start_is_the_one_process_s_to_the_bit(results):
 def test_processes_hold_the_same_bits(results):
     first, second = (result["values"] for result in results[2])
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_start_that_was_killed_goes_on_after_its_last_block(results, tmp_path):
+    assert launch(2, run, 2, tmp_path, 2, folder=tmp_path) == [1, 1], texts(tmp_path)
+    assert (tmp_path / "world2" / "start.partial.safetensors").is_file()
+    assert launch(2, run, 2, tmp_path, folder=tmp_path) == [0, 0], texts(tmp_path)
+    assert not (tmp_path / "world2" / "start.partial.safetensors").exists()
+    for rank, whole in enumerate(results[2]):
+        again = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert again["solved"] == whole["solved"][2:] and whole["solved"][:2] == ([] if rank else [1, 2])
+        assert all(torch.equal(again["values"][name], value) for name, value in whole["values"].items())

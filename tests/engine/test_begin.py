@@ -138,7 +138,7 @@ def test_a_run_keeps_its_start_and_goes_on_to_the_same_bits(work, capsys):
     capsys.readouterr()
     assert main([*again, "--data.start_images", "9"]) == 2
     assert "start was solved with another choice of images" in capsys.readouterr().err
-    assert main(["merge", "begun.yaml"]) == 2
+    assert main(["merge", "begun.yaml", "--force"]) == 2
     assert "has a start, which is solved from images" in capsys.readouterr().err
 
 

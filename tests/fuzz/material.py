@@ -42,7 +42,7 @@ CONFIG = {
         "adapters": [{"class_path": "FeatureSurgery", "init_args": {"rank": 2}}],
         "objective": {"class_path": "Entropy"},
     },
-    "data": {"images_per_task": 2, "sampling": "fresh", "protocol": {"class_path": "Holdout", "init_args": {"share": 0.5}}},
+    "data": {"images_per_task": 2, "protocol": {"class_path": "Holdout", "init_args": {"share": 0.5}}},
     "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False, "logger": False},
     "run": {"report": False, "guard": "off", "if_exists": "overwrite"},
 }  # fmt: skip
@@ -190,7 +190,7 @@ def of_resume(path: Path) -> None:
 
 
 def of_merge(path: Path) -> str:
-    folder = path.parent.parent
+    folder = path.parent if path.parent.name != "checkpoints" else path.parent.parent
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return digest(*load_run(str(folder)).merged_state_dict().values())
 
@@ -293,7 +293,7 @@ def _targets() -> dict[str, Target]:
         "npz, forged bytes": Target("suite/images/green.npz", forged(damage), suite_content),
         "expert": Target("suite/experts/red.safetensors", damage, suite_content, sealed=True),
         "expert, forged": Target("suite/experts/red.safetensors", forged(mutations.change_safetensors), suite_content),
-        "pre-trained, forged": Target("suite/pretrained.safetensors", forged(mutations.change_safetensors), suite_content),
+        "zero, forged": Target("suite/pretrained.safetensors", forged(mutations.change_safetensors), suite_content),
         "heads": Target("suite/heads.safetensors", damage, suite_content, sealed=True),
         "heads, forged": Target("suite/heads.safetensors", forged(mutations.change_safetensors), suite_content),
         "bank": Target("bank.safetensors", damage, lambda path: digest(am.TaskVectors.load(path).vectors), sealed=True),
@@ -342,7 +342,7 @@ def _targets() -> dict[str, Target]:
         "report, values of results.json": Target("run/results.json", mutations.change_json, of_report),
         "report, config.yaml": Target("run/config.yaml", mutations.change_yaml, of_report),
         "report, tensors": Target("run/diagnostics.safetensors", mutations.change_safetensors, of_report),
-        "merge, config.yaml": Target("run/config.yaml", mutations.change_yaml, lambda path: of_merge(path.parent / "checkpoints" / "last.ckpt")),
+        "merge, config.yaml": Target("run/config.yaml", mutations.change_yaml, of_merge),
         "resume, metrics.csv": Target("resumed/metrics.csv", damage, of_resume),
     }  # fmt: skip
     return targets

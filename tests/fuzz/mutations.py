@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 # What stands where something else is expected.
 STRANGE = (
-    *(None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "nan", "[/red]", "\x1b[31m", "../../x", "a" * 5000),
-    *("${HOME}", "hf-hub:a/b", "http://127.0.0.1:9/x", "os.system", [], {}, [1, "a"], {"class_path": "os.system"}, [[[[]]]]),
-)  # fmt: skip
+    *(None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "nan", "[/red]", "\x1b[31m"),
+    *("../../x", "a" * 5000, "${HOME}", "hf-hub:a/b", "http://127.0.0.1:9/x", "os.system"),
+    *([], {}, [1, "a"], {"class_path": "os.system"}, [[[[]]]]),
+)
 
 
 def damage(content: bytes, draw: random.Random) -> bytes:

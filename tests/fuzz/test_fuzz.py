@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import crowding
 
 from adaptive_merge.errors import AdaptiveMergeError
 from fuzz.material import Refused, prepare
@@ -50,7 +51,7 @@ def outcome(target, path: Path):
         raise Hung
 
     before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(HANG)
+    signal.alarm(int(HANG * crowding()))  # whatever else the machine is doing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -89,9 +90,8 @@ def fuzz(material, seed: int, seconds: float, inputs: int) -> tuple[Counter, lis
                 raise
             result, value = "wrong", None
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            wrong.append(
-                f"{seed}/{number - 1} {kind}: {type(error).__name__}: {str(error)[:200]} at {frame.filename}:{frame.lineno}"
-            )
+            what = f"{type(error).__name__}: {str(error)[:200]} at {frame.filename}:{frame.lineno}"
+            wrong.append(f"{seed}/{number - 1} {kind}: {what}")
         longest = max(longest, time.monotonic() - began)
         if result == "read" and target.sealed and not same(value, expected[kind][1]):
             result = "another number"

@@ -5,14 +5,14 @@ import time
 
 import pytest
 import torch
-from processes import crowding, guarded, parts
+from processes import guarded, parts
 
 import adaptive_merge as am
 from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO
 
 TIMES = [100, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
-SECONDS = 1.0
+SECONDS = 60  # for one file of kilobytes: it ends, however busy the machine is
 
 
 def flip(content, draw):
@@ -95,7 +95,7 @@ def test_a_damaged_bank_is_not_read(tmp_path, times, record_property):
 
     figures = read_changed(path, path.read_bytes(), times, am.TaskVectors.load, same)
     record_property("refused, unharmed, longest s", str(figures))
-    assert figures[-1] <= SECONDS * crowding()
+    assert figures[-1] <= SECONDS
 
 
 def plain(value):
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_not_read(tmp_path, times, read, record_property
     written = plain(torch.load(path, weights_only=True))
     figures = read_changed(path, path.read_bytes(), times, read, lambda found: plain(found) == written)
     record_property("refused, unharmed, longest s", str(figures))
-    assert figures[-1] <= SECONDS * crowding()
+    assert figures[-1] <= SECONDS
 
 
 def test_torch_alone_would_read_a_changed_checkpoint(tmp_path):

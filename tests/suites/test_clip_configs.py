@@ -19,6 +19,7 @@ NAMES = [name for name in recipe_files() if name.startswith("clip/")]
 METHODS = [name for name in NAMES if name.count("/") == 1]
 SUITES = [name for name in NAMES if name.count("/") == 2]
 STEPS = {"tinting": 500, "tinting_pp": 500, "symerge": 500}
+BASES = {"mass": 1.0, "smile": 0.0}
 ENTRIES = {"vit_b_32": 113_448_705, "vit_b_16": 111_792_129, "vit_l_14": 342_562_049}
 
 
@@ -39,8 +40,8 @@ def test_every_pair_has_the_settings_of_its_suite(elsewhere, suite):
             for layer in read_layers(pair):
                 settings |= layer.settings
             text, model = json.dumps(settings), settings["model"]
-            start = 0.0 if name == "kl_adamerging" else 0.3 if tasks == 8 else 0.1
-            assert model["coefficients"]["init_args"]["init"] in ("average", start)
+            init = 0.0 if name == "kl_adamerging" else BASES.get(name, 0.3 if tasks == 8 else 0.1)
+            assert model["coefficients"]["init_args"]["init"] in ("average", init)
             assert set(re.findall(r'"counted_over": (\d+)', text)) <= {str(ENTRIES[backbone])}
             assert "by_suite" not in settings and suite_name(pair) == f"configs/{suite}"
             if name in STEPS:
@@ -50,7 +51,7 @@ def test_every_pair_has_the_settings_of_its_suite(elsewhere, suite):
 
 
 def test_all_methods_and_suites_are_there():
-    assert len(METHODS) == 16 and len(SUITES) == 9
+    assert len(METHODS) == 21 and len(SUITES) == 9
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -46,6 +47,8 @@ def merged_of(state, path) -> Weights:
 
 def assert_close(ours: Weights, theirs: Weights, base: Weights) -> None:
     assert list(ours.tensors) == list(theirs.tensors)
+    bank = am.TaskVectors.from_changes(base.tensors, {"task": ours.changes})
+    assert all(torch.allclose(bank.expert("task")[name], ours.tensors[name], atol=1e-6) for name in ours.tensors)
     changed = 0
     for name, value in theirs.tensors.items():
         scale = float(value.abs().max())
@@ -242,9 +245,13 @@ def test_a_suite_mixes_full_and_lora_experts(adapter, tmp_path, clip):
         cache=str(tmp_path / "cache"),
     )
     bank = am.load_clip_suite(suite).task_vectors
+    assert bank.factors is not None
     matrix = bank.of("transformer.resblocks.0.mlp.c_fc.weight")
     assert torch.allclose(matrix[0], change, atol=1e-5)
     assert bank.vectors[0].count_nonzero() == matrix[0].count_nonzero()
+    suite = dataclasses.replace(suite, bank="bfloat16")
+    rounded = am.load_clip_suite(suite).task_vectors
+    assert rounded.factors is None and torch.allclose(rounded.vectors.float(), bank.vectors[:, :], rtol=1e-2, atol=1e-6)
     assert torch.allclose(bank.vectors[1], torch.full_like(bank.vectors[1], 0.01), atol=1e-6)
 
 
@@ -274,3 +281,34 @@ def test_biases_that_an_old_peft_left_out_are_told(adapter):
     ours = read_weights(saved({"bias": "lora_only"}, **kept), base=base)
     assert not ours.manifest.notes
     assert torch.equal(ours.tensors["transformer.resblocks.0.mlp.c_fc.bias"], torch.ones(256))
+
+
+def test_a_run_over_lora_experts_from_yaml_to_export(adapter, tmp_path, monkeypatch, capsys):
+    from data.data_sets import save
+
+    from adaptive_merge.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    saved, base, _ = adapter
+    saved()
+    save_file({name: value + 0.01 for name, value in base.tensors.items()}, "full.safetensors")
+    torch.save({"weight": torch.randn(2, 24)}, "head.pt")
+    (tmp_path / "tower.json").write_text(json.dumps({**TOWER, "quick_gelu": True}))
+    for index in range(8):
+        save(tmp_path / "birds" / ("owl", "jay")[index % 2] / f"{index}.png", index)
+    paths = {"architecture": "tower.json", "pretrained": "tower.safetensors"}
+    paths |= {"experts": {"lora": "adapter", "full": "full.safetensors"}}
+    paths |= {"heads": dict.fromkeys(("lora", "full"), "head.pt"), "folders": dict.fromkeys(("lora", "full"), "birds")}
+    (tmp_path / "suite.json").write_text(
+        json.dumps({"kind": "clip", "tasks": ["lora", "full"], "sizes": "any", **paths})
+    )
+    (tmp_path / "run.yaml").write_text(
+        "suite: {name: ., banks: kept}\nmodel: {recipe: lora, transforms: [TSVM], coefficients: LayerWise}\n"
+        "data: {images_per_task: 2}\ntrainer: {max_steps: 2, accelerator: cpu, enable_progress_bar: false}\n"
+    )
+    assert main(["fit", "--config", "run.yaml"]) == 0, capsys.readouterr().err
+    assert main(["fit", "--config", "run.yaml", "--run.name", "plain", "--model.transforms", "[]"]) == 0
+    results = json.loads((tmp_path / "runs/plain/results.json").read_text())
+    assert results["steps"] == 2 and results["tasks"]["lora"]["n"] == 8
+    assert main(["export", "runs/plain", "--format", "open_clip", "--output", "out", "--verify"]) == 0
+    assert "alignment.adapted" in load_file("runs/plain/diagnostics.safetensors")

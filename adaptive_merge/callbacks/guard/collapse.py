@@ -17,6 +17,7 @@ __all__ = ["Alarm", "Range", "Signals", "judge", "mean_change", "sums"]
 LOSS = (0.05, 0.15)  # of agreement, against the start: warn, stop
 CROWDED = (0.7, 0.25)  # marginal entropy over that of start or expert, whichever is less: warn, stop
 NORM = (2.0, 4.0)  # times farther from the length of the expert's features than at the start: warn, stop
+CLASS = 0.4  # of the mean prediction, that one class has and the expert does not give it: warn
 COEFFICIENTS = ((-0.5, 1.5), (-2.0, 3.0))
 _NOISE = 1.4  # 2.5 standard errors of a share of one image: of a hundred, thirty change sides in a healthy run
 _SPREAD = 0.2  # an expert that names hardly more than one class cannot show that the model crowds
@@ -37,6 +38,8 @@ class Signals:
         norm: mean length of the features over that of the expert's.
         marginal: entropy of the mean prediction over ln C; near 0 where all images go to one class.
         expert_marginal: the same of the expert; the images may be all of one class.
+        crowd: the class that has most of the mean prediction beyond what the expert gives it.
+        excess: how much that is.
     """
 
     images: int
@@ -46,6 +49,8 @@ class Signals:
     norm: float
     marginal: float
     expert_marginal: float
+    crowd: int = 0
+    excess: float = 0.0
 
     @classmethod
     def of(cls, total: Tensor, classes: int) -> Signals:
@@ -53,6 +58,7 @@ class Signals:
         images, agree, js, spread, length, expert_length = total[:_SINGLE].tolist()
         ours, theirs = (total[_SINGLE:].view(2, -1) / images).unbind()
         scale = math.log(max(classes, 2))
+        excess, crowd = (ours - theirs).max(0)
         return cls(
             images=int(images),
             agreement=agree / images,
@@ -61,6 +67,8 @@ class Signals:
             norm=length / max(expert_length, 1e-12),
             marginal=float(torch.special.entr(ours).sum()) / scale,
             expert_marginal=float(torch.special.entr(theirs).sum()) / scale,
+            crowd=int(crowd),
+            excess=float(excess),
         )
 
 
@@ -69,24 +77,28 @@ class Alarm:
     """A signal out of bounds.
 
     Args:
-        signal: "agreement", "marginal", "norm" or "coefficients".
+        signal: "agreement", "marginal", "class", "norm" or "coefficients".
         task: whose; None for what belongs to all.
-        value: what was seen: agreement lost, marginal entropy and length over what they should be, a coefficient.
+        value: what was seen: agreement lost, marginal entropy and length over what they should be, a class's share
+            beyond the expert's, a coefficient.
         stop: whether this, seen again and again, ends the run; otherwise it is a warning.
+        crowd: the class, where one is meant.
     """
 
     signal: str
     task: str | None
     value: float
     stop: bool
+    crowd: int = 0
 
     def __str__(self) -> str:
         what = {
             "agreement": "{:.1%} of the images no longer get the experts' class",
             "marginal": "its predictions crowd into few classes, {:.2f} of the marginal entropy is left",
+            "class": "class {1} has {0:.0%} more of its predictions than the expert gives it, as a backdoor's would",
             "norm": "its features are {:.1f} times farther from the length of the expert's",
             "coefficients": "a coefficient has reached {:.1f}",
-        }[self.signal].format(self.value)
+        }[self.signal].format(self.value, self.crowd)
         return f"task {self.task!r}: {what}" if self.task else what
 
 
@@ -133,7 +145,7 @@ def judge(
 
     A mean loss of agreement ends a run by itself. So does a task whose predictions go to one class. Everything else
     is a warning unless agreement is lost with it: fewer classes, features of another length (heads look at their
-    direction only), coefficients that run away.
+    direction only), coefficients that run away. A class that has more than the expert gives it is always a warning.
 
     Args:
         now, start: task → signals of the model and of the model that the run started with, on the same images;
@@ -152,6 +164,8 @@ def judge(
         left = ours.marginal / wanted if wanted > _SPREAD else 1.0
         if not left >= CROWDED[0]:
             alarms.append(Alarm("marginal", task, left, fell or not left >= CROWDED[1]))
+        elif not ours.excess <= CLASS:  # where predictions crowd into few classes, this has been said
+            alarms.append(Alarm("class", task, ours.excess, False, ours.crowd))
         farther = _from_one(ours.norm) / _from_one(start[task].norm)
         if not farther <= NORM[0]:
             alarms.append(Alarm("norm", task, farther, not farther <= NORM[1] and (fell or lost >= LOSS[0])))

@@ -18,8 +18,9 @@ from torch import Tensor
 from adaptive_merge.callbacks.record.contributions import contributions, layers_of
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_tensors
+from adaptive_merge.files import sparing
 from adaptive_merge.runs.interference import alignment, cosines, mask_statistics, sign_conflicts
+from adaptive_merge.sealed import save_sealed
 
 __all__ = ["FILE", "Diagnostics"]
 
@@ -169,7 +170,8 @@ class Diagnostics(pl.Callback):
                 list(layers_of(module.experts.layout)),
             )
         arrays = {name: value.cpu() for name, value in arrays.items()}
-        save_tensors(self._path, arrays, {key: json.dumps(value) for key, value in names.items()})
+        with sparing(self._path):
+            save_sealed(self._path, arrays, {key: json.dumps(value) for key, value in names.items()})
 
     def _distances(self, arrays: dict[str, Tensor], tasks: int) -> dict[str, Tensor]:
         found = {}

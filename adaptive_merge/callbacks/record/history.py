@@ -11,13 +11,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptive_merge.callbacks.record.rate import Rate, count_images
 from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_tensors
+from adaptive_merge.files import sparing
 from adaptive_merge.runs.results import peak_memory
+from adaptive_merge.sealed import load_sealed, save_sealed
 
 __all__ = ["FILE", "History"]
 
@@ -128,17 +128,14 @@ class History(pl.Callback):
             "memory": torch.tensor(self.memory),
         }
         metadata = self._names(module) | {"every": self._interval}
-        try:
-            save_tensors(self._path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
-        except OSError as error:
-            _log.warning("%s could not be written: %s", self._path, error)
+        with sparing(self._path):
+            save_sealed(self._path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
     def _take_up(self, step: int, module: pl.LightningModule) -> None:
         """The samples up to `step` of a file for the same tasks and groups."""
         try:
-            with safe_open(self._path, framework="pt") as file:
-                metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-                found = {name: file.get_tensor(name) for name in file.keys()}
+            found, texts = load_sealed(self._path, old=True)
+            metadata = {key: json.loads(value) for key, value in texts.items()}
             if any(metadata[key] != value for key, value in self._names(module).items()):
                 raise ValueError("it belongs to other tasks or groups")
             self.steps, self.throughput = found["steps"].tolist(), found["throughput"].tolist()
@@ -146,7 +143,7 @@ class History(pl.Callback):
             self._interval = max(self._interval, int(metadata["every"])) if self.every is None else self.every
         except FileNotFoundError:
             return
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             _log.warning("%s is not taken up: %s; the history starts at step %d", self._path, error, step)
             return
         self._keep([place for place, sampled in enumerate(self.steps) if sampled <= step])

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from adaptive_merge.callbacks.safe.ranks import Ranks
 from adaptive_merge.data.stream import TaskStream
-from adaptive_merge.files import save_tensors
+from adaptive_merge.files import sparing
+from adaptive_merge.sealed import save_sealed
 
 __all__ = ["FILE", "Ledger"]
 
@@ -140,7 +141,8 @@ class Ledger(pl.Callback):
         tensors = {}
         for place, rows in enumerate(found.values()):
             tensors |= {f"{name}.{place}": row.to(_DTYPES[name]) for name, row in rows.items()}
-        save_tensors(self._path, tensors, {"tasks": json.dumps(list(found))})
+        with sparing(self._path):
+            save_sealed(self._path, tensors, {"tasks": json.dumps(list(found))})
 
 
 _DTYPES = {"adapted": torch.uint8, "scored": torch.uint8, "first": torch.int32, "final": torch.int32}

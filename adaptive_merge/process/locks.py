@@ -1,0 +1,217 @@
+"""Locks that are files: one process at a time, on any file system, and a lock whose process is gone stops nobody.
+
+A lock is a file `NAME.N` with who holds it; the highest number counts. A lock left behind by a process that is gone is
+taken over by making the next number, which only one of several that try can do (`link` fails where the name exists, on
+NFS too); nobody ever removes what another may just have taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from adaptive_merge.errors import AdaptiveMergeError, StorageError
+
+__all__ = ["LockedError", "holder", "locked"]
+
+_TRIES = 20
+_LOOK_EVERY = 1.0
+
+
+class LockedError(AdaptiveMergeError):
+    """Another process holds the lock; the message says which."""
+
+
+@contextmanager
+def locked(stem: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock while the block runs.
+
+    Args:
+        stem: of the lock's files, in a folder that is there.
+        what: the lock protects, for messages.
+        wait: for a process of this machine that holds it.
+
+    Raises:
+        LockedError: somebody else holds it.
+        StorageError: no file can be made there.
+    """
+    try:
+        own = _patient(stem, what) if wait else _take(stem, what)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"{stem.parent}: cannot be written to ({reason}); choose another place") from error
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() == process:  # not in a fork
+            with suppress(OSError):
+                own.unlink(missing_ok=True)
+
+
+def holder(stem: Path) -> dict[str, Any] | None:
+    """Who holds the lock: host, process, start; None where nobody does."""
+    newest = _newest(stem)
+    content = _read(newest[1]) if newest else None
+    return content if content is not None and not _gone(content) else None
+
+
+def _patient(stem: Path, what: str) -> Path:
+    while True:
+        try:
+            return _take(stem, what)
+        except LockedError:
+            if _far(holder(stem) or {}):
+                raise
+            time.sleep(_LOOK_EVERY)
+
+
+def _take(stem: Path, what: str) -> Path:
+    draft = stem.with_name(f"{stem.name}.partial-{os.getpid()}")
+    draft.write_text(json.dumps(_ourselves()))
+    try:
+        for _ in range(_TRIES):
+            number, path = _newest(stem) or (0, None)
+            if path is not None and (content := _settled(path)) is not None and not _gone(content):
+                raise LockedError(_told(content, path, what))
+            own = stem.with_name(f"{stem.name}.{number + 1}")
+            if _made(draft, own) and _undisputed(stem, own, path):
+                return own
+        raise LockedError(f"{what}: others start there again and again; try once more")
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _settled(path: Path) -> dict[str, Any] | None:
+    """The content of a lock; None once it is gone."""
+    for _ in range(_TRIES):
+        content = _read(path)
+        if content is not None or not path.exists():
+            return content
+        time.sleep(0.02)  # being written, on a file system without links
+    return {}  # nobody's: a process was killed while it wrote this
+
+
+def _undisputed(stem: Path, own: Path, stale: Path | None) -> bool:
+    """Whether nobody was faster while we looked; else our lock is withdrawn."""
+    taken = stale is None or stale.exists()  # whoever takes over removes it, after that
+    if not taken or (_newest(stem) or (0, own))[1] != own:
+        own.unlink(missing_ok=True)
+        return False
+    if stale is not None:
+        stale.unlink(missing_ok=True)
+    return True
+
+
+def _made(ours: Path, own: Path) -> bool:
+    """Whether the lock was free, and is ours now."""
+    try:
+        os.link(ours, own)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with open(own, "x") as file:
+                file.write(ours.read_text())
+        except FileExistsError:
+            return False
+    return True
+
+
+def _all(stem: Path) -> list[tuple[int, Path]]:
+    """The lock's files, by number."""
+    ends = ((path.name[len(stem.name) + 1 :], path) for path in stem.parent.glob(f"{stem.name}.*"))
+    return sorted((int(end), path) for end, path in ends if end.isdigit())
+
+
+def _newest(stem: Path) -> tuple[int, Path] | None:
+    return max(_all(stem), default=None)
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text()) if path else None
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _ourselves() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "space": _link("/proc/self/ns/pid"),
+        "process": os.getpid(),
+        "started": _started(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    }
+
+
+def _gone(content: dict[str, Any]) -> bool:
+    """Whether whoever wrote this certainly runs no more."""
+    us, process = _ourselves(), content.get("process")
+    if not isinstance(process, int):
+        return True  # damaged
+    if us["job"] and content.get("job") == us["job"] and content.get("restart") != us["restart"]:
+        return True  # SLURM has started the same job again: what ran before is over
+    if content.get("host") != us["host"]:
+        return False
+    if content.get("boot") != us["boot"]:
+        return True  # the machine has been started since
+    if content.get("space") != us["space"]:
+        return False  # in another container: its processes cannot be seen from here
+    return not _alive(process) or _started(process) != content.get("started")
+
+
+def _far(content: dict[str, Any]) -> bool:
+    """Whether it cannot be seen from here when its process ends."""
+    us = _ourselves()
+    return bool(content) and any(content.get(key) != us[key] for key in ("host", "space"))
+
+
+def _told(content: dict[str, Any], path: Path | None, what: str) -> str:
+    whose = f"process {content.get('process')} on {content.get('host')}, since {content.get('since')}"
+    if not _far(content):
+        return f"{what}: in use by {whose}; wait until it has ended, stop it, or choose another --run.name"
+    return (
+        f"{what}: in use by {whose}, as far as can be seen from here; where that process is gone, remove `{path}` and "
+        "start again, else choose another --run.name"
+    )
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _started(process: int) -> str:
+    """When a process started, in the system's own ticks: its number may be another's by now."""
+    fields = _text(f"/proc/{process}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

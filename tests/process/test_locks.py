@@ -1,0 +1,121 @@
+"""Exactly one process holds a lock; the others say whose it is; a lock whose process is gone stops nobody."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+from processes import start, texts, wait
+
+from adaptive_merge.process import locks
+from adaptive_merge.process.locks import LockedError, holder, locked
+
+
+def hold(folder, gate):
+    """Try once, all at the same moment; 0 for the one that holds it, 2 for those that are refused."""
+    while not gate.exists():
+        time.sleep(0.001)
+    try:
+        with locked(folder / ".lock", "the folder"):
+            (folder / f"held-{os.getpid()}").touch()
+            while not (folder / "over").exists():
+                time.sleep(0.005)
+    except LockedError as error:
+        sys.stdout.write(f"{error}\n")
+        return 2
+    return 0
+
+
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("count", [2, 8])
+def test_of_several_at_once_one_holds_the_lock_and_the_others_say_whose_it_is(
+    tmp_path, monkeypatch, count, links, stale
+):
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    if stale:
+        (tmp_path / ".lock.4").write_text(json.dumps(locks._ourselves() | {"process": 2**22 + 1}))
+    gate = tmp_path / "gate"
+    running = [start(hold, tmp_path, gate, log=tmp_path / f"{number}.log") for number in range(count)]
+    time.sleep(0.1)
+    gate.touch()
+    ended = [wait(process, 60) for process in running if not held_by(tmp_path, process, count)]
+    (tmp_path / "over").touch()
+    (winner,) = tmp_path.glob("held-*")
+    assert ended == [2] * (count - 1)
+    assert texts(tmp_path).count(f"in use by process {winner.name[5:]} on") == count - 1
+    assert wait(int(winner.name[5:]), 60) == 0
+    assert list(tmp_path.glob(".lock*")) == []
+
+
+def held_by(folder, process, count):
+    """Whether this process is the one that has the lock; waits until one has it."""
+    while not list(folder.glob("held-*")):
+        time.sleep(0.005)
+    return (folder / f"held-{process}").exists()
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EPERM, "no links here")
+
+
+def test_a_killed_holder_is_followed_by_the_next(tmp_path):
+    gate = tmp_path / "gate"
+    gate.touch()
+    for _ in range(3):
+        process = start(hold, tmp_path, gate, log=tmp_path / "log")
+        while not (tmp_path / f"held-{process}").exists():
+            time.sleep(0.005)
+        assert holder(tmp_path / ".lock")["process"] == process
+        os.kill(process, signal.SIGKILL)
+        assert wait(process, 20) == -signal.SIGKILL
+        assert holder(tmp_path / ".lock") is None
+    with locked(tmp_path / ".lock", "the folder"):
+        pass
+    assert list(tmp_path.glob(".lock*")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "free"),
+    [
+        ({}, False),
+        ({"process": 2**22 + 1}, True),
+        ({"started": "1"}, True),  # the number belongs to another process by now
+        ({"boot": "before"}, True),
+        ({"host": "elsewhere"}, False),
+        ({"space": "pid:[1]", "process": 2**22 + 1}, False),  # another container: not to be seen from here
+        ({"process": "x"}, True),
+    ],
+)
+def test_whose_lock_is_taken_over(tmp_path, changes, free):
+    path = tmp_path / ".lock.1"
+    path.write_text(json.dumps(locks._ourselves() | changes))
+    if free:
+        with locked(tmp_path / ".lock", "the folder"):
+            assert [file.name for file in tmp_path.glob(".lock*")] == [".lock.2"]
+        return
+    with pytest.raises(LockedError) as error, locked(tmp_path / ".lock", "the folder"):
+        pass
+    far = bool({"host", "space"} & changes.keys())
+    assert (f"remove `{path}`" in str(error.value)) == far
+    assert path.exists()
+
+
+def test_the_same_slurm_job_started_again_takes_over_from_any_host(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / ".lock.1").write_text(json.dumps(locks._ourselves() | {"host": "elsewhere"}))
+    with pytest.raises(LockedError), locked(tmp_path / ".lock", "the folder"):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with locked(tmp_path / ".lock", "the folder"):
+        pass
+
+
+def test_a_damaged_lock_is_nobodys(tmp_path):
+    (tmp_path / ".lock.1").write_text('{"host": ')
+    with locked(tmp_path / ".lock", "the folder"):
+        assert holder(tmp_path / ".lock")["process"] == os.getpid()
