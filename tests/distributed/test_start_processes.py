@@ -3,7 +3,6 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import perturbed
 from open_clip.transformer import VisionTransformer
 from processes import guarded, launch, parts, texts
 
@@ -49,8 +48,9 @@ def distilled(world, folder, heads, images):
     torch.manual_seed(0)
     tower = VisionTransformer(4, 2, 16, 2, 2, 2.0, output_dim=6)
     tower.image_mean, tower.image_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    experts = {task: perturbed(tower.state_dict(), seed) for seed, task in enumerate(images)}
-    bank = am.TaskVectors.from_state_dicts(tower.state_dict(), experts)
+    state = tower.state_dict()
+    experts = {task: {name: value + 0.1 * torch.randn_like(value) for name, value in state.items()} for task in images}
+    bank = am.TaskVectors.from_state_dicts(state, experts)
     start = am.ProDistill(epochs=2, batch_size=8)
     module = am.AdaptiveMerge(bank, tower, heads, coefficients=am.Fixed(0.3), start=start)
     trainer = guarded(folder / f"distilled{world}", world, [], max_steps=0, limit_val_batches=0)
