@@ -18,7 +18,7 @@ from adaptive_merge.suites.clip_suite import (
     missing_path,
     read_expert,
     read_pretrained,
-    read_text,
+    text_tower,
 )
 from adaptive_merge.suites.loading import check_manifest, folder_of, load_suite, read_manifest
 from adaptive_merge.weights import Manifest, Weights, read_head
@@ -106,7 +106,7 @@ class _Base:
                 if not _is_remote(suite.pretrained):
                     pretrained, _ = read_pretrained(suite, architecture)
                 if suite.heads is None and not _is_remote(suite.text or suite.pretrained):
-                    read_text(suite, architecture)
+                    text_tower(suite, architecture)
         except AdaptiveMergeError as error:
             return cls(suite, problem=error)
         return cls(suite, architecture, pretrained)

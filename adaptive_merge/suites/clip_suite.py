@@ -30,7 +30,7 @@ from adaptive_merge.weights.zero_shot import zero_shot_head
 
 __all__ = [
     *("ClipSuite", "check_head", "check_named", "load_clip_suite", "missing_path", "read_expert", "read_pretrained"),
-    "read_text",
+    "text_tower",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def check_head(suite: ClipSuite, task: str, source: ImageSource, head: Tensor) -
 def _zero_shot_heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Manifest) -> dict[str, Tensor]:
     from adaptive_merge.suites.class_names import clip_task, clip_task_names
 
-    model, tokenizer = read_text(suite, architecture).build(architecture.quick_gelu)
+    model, tokenizer = text_tower(suite, architecture).build(architecture.quick_gelu)
     heads = {}
     for task, source in sources.items():
         check_named(task, source)
@@ -214,7 +214,7 @@ def _zero_shot_heads(suite: ClipSuite, sources: Mapping[str, ImageSource], archi
     return heads
 
 
-def read_text(suite: ClipSuite, architecture: Manifest) -> TextTower:
+def text_tower(suite: ClipSuite, architecture: Manifest) -> TextTower:
     """The text tower that zero-shot heads are made from."""
     tower = read_text_tower(suite.text or suite.pretrained)
     if tower.embed_dim != architecture.embed_dim:
