@@ -27,6 +27,7 @@ from adaptive_merge.adapters.heads import Head
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.old_files import upgraded
 from adaptive_merge.errors import InputError
+from adaptive_merge.merge import state_dicts
 from adaptive_merge.privacy import scrub
 from adaptive_merge.transforms.base import Transform
 
@@ -313,7 +314,4 @@ def _shown(entries: Mapping[Any, Any], name: Any) -> str:
 
 def digest(tensor: Tensor) -> str:
     """sha256 of type, shape and values."""
-    content = tensor.detach().cpu().contiguous()
-    hashed = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-    hashed.update(content.flatten().view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
+    return state_dicts.digest(tensor, f"{tensor.dtype} {tuple(tensor.shape)}".encode())
