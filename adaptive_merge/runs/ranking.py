@@ -148,7 +148,7 @@ def _check_comparable(first: Candidate, other: Candidate) -> None:
 
 def _compared(run: Run) -> dict[str, Any]:
     """What has to be equal for a criterion to mean the same."""
-    protocol = run.results.get("protocol", {})
+    protocol = run.results.get("protocol") or {}
     suite, data = (run.config.get(part) or {} for part in ("suite", "data"))
     return {
         "tasks": list(run.tasks),

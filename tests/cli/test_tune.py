@@ -165,6 +165,11 @@ def test_runs_on_other_images_or_experts_are_not_compared(change):
         rank([candidate("a", 0.5, 1, 1), candidate("b", 0.5, 1, 1, **change)], "agreement")
 
 
+def test_runs_that_did_not_record_their_protocol_are_ranked():
+    ranked = rank([candidate("a", 0.5, 1, 1, protocol=None), candidate("b", 0.7, 1, 1, protocol=None)], "agreement")
+    assert [one.name for one in ranked] == ["b", "a"]
+
+
 def test_choose_ranks_finished_runs(work, capsys):
     for lr in ("0.001", "0.1"):
         assert main(["fit", *COMMAND[1:], "--model.lr", lr, "--run.name", f"lr{lr}"]) == 0

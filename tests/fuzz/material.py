@@ -135,7 +135,7 @@ def suite_content(path: Path) -> dict[str, str]:
         for i, name in enumerate(names)
     }
     return {
-        name: digest(*(part if isinstance(part, torch.Tensor) else part.weight for part in own))
+        name: digest(*(part if isinstance(part, torch.Tensor) else part.weight for part in own if part is not None))
         for name, own in parts.items()
     }
 
