@@ -34,10 +34,10 @@ def unseal(content: bytes, path: str | Path) -> bytes:
     Raises:
         InputError: a byte differs from what was written.
     """
-    found = _SEAL.search(content)
+    stored = _SEAL.search(content)
     blank = _SEAL.sub(SEAL.encode(), content, count=1)
-    if found is None or found.group().decode() != f"sha256:{hashlib.sha256(blank).hexdigest()}":
-        what = "its digest does not fit its content" if found else "it has no digest"
+    if stored is None or stored.group().decode() != f"sha256:{hashlib.sha256(blank).hexdigest()}":
+        what = "its digest does not fit its content" if stored else "it has no digest"
         raise InputError(
             f"`{path}`: {what}; the file was cut short, changed or damaged on the way; write or copy it again"
         )
@@ -83,5 +83,5 @@ def _read(path: str | Path) -> bytes:
 
 
 def _metadata(header: bytes) -> dict[str, str]:
-    found = json.loads(header)["__metadata__"]
-    return {key: value for key, value in found.items() if key != "seal"}
+    metadata = json.loads(header)["__metadata__"]
+    return {key: value for key, value in metadata.items() if key != "seal"}

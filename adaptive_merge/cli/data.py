@@ -1,4 +1,4 @@
-"""`adaptive-merge data check`: is the data of a suite there, complete and readable?"""
+"""`adaptive-merge data check`: are the data and the checkpoints of a suite there, readable, of one kind?"""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ def data(arguments: list[str]) -> None:
     given.add_argument("--config", action="append", help="a configuration whose `suite.name` is meant; may be repeated")
     check.add_argument("--decode", action="store_true", help="decode every image into the cache, which `fit` then uses")
     options = parser.parse_args(arguments)
-    found = check_suite(options.suite or suite_name(options.config), options.decode)
+    checks = check_suite(options.suite or suite_name(options.config), options.decode)
     table = Table("task", "found", "images", "classes", Column("first problem", overflow="fold"))
-    for row in found:
+    for row in checks:
         counts = (f"{row.images:,}" if row.images else "", str(row.classes or ""))
-        found_it = "no" if row.problem else "yes"
         table.add_row(
             Text(printable(row.task)),
-            found_it,
+            "no" if row.problem else "yes",
             *counts,
             Text(printable(row.problem or "")),
             style="red" if row.problem else "",
         )
     Console().print(table)
-    wrong = [row.task for row in found if row.problem]
+    wrong = [row.task for row in checks if row.problem]
     if wrong:
-        raise InputError(f"{len(wrong)} of {len(found)} tasks cannot be used yet: {', '.join(wrong)}")
+        raise InputError(f"{len(wrong)} of {len(checks)} tasks cannot be used yet: {', '.join(wrong)}")

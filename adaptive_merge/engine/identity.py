@@ -27,6 +27,7 @@ from adaptive_merge.adapters.heads import Head
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.old_files import upgraded
 from adaptive_merge.errors import InputError
+from adaptive_merge.merge import state_dicts
 from adaptive_merge.privacy import scrub
 from adaptive_merge.transforms.base import Transform
 
@@ -198,17 +199,17 @@ def check(checkpoint: Mapping[str, Any], method: Identity, data: Identity | None
     Raises:
         InputError: names the first setting that differs, what the checkpoint has and what this run has.
     """
-    recorded = checkpoint.get(_KEY)
-    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(part), dict) for part in ("method", "data")):
+    stored = checkpoint.get(_KEY)
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("method", "data")):
         raise InputError(
             "the checkpoint does not say which method and data it belongs to, so nothing can go on from it; start the "
             "run anew (--run.if_exists overwrite)"
         )
-    old = "recipe" in recorded["method"]
+    old = "recipe" in stored["method"]
     for part, current in (("method", method), ("data", data)):
         if current is None:
             continue
-        if differs := difference(upgraded(recorded[part], current) if old else recorded[part], current):
+        if differs := difference(upgraded(stored[part], current) if old else stored[part], current):
             raise InputError(
                 "the checkpoint was written with another {}: {}, this run has {}; resume with the settings that it was "
                 "written with (the run's config.yaml), or start a new run".format(*differs)
@@ -236,11 +237,9 @@ def _numbered(name: str, parts: Iterable[Any]) -> Identity:
 def _arguments(part: type) -> list[str]:
     """Names of what the constructor takes; where it hands arguments on, those of the next class's as well."""
     names: list[str] = []
-    for base in part.__mro__:
+    for base in (base for base in part.__mro__ if "__init__" in vars(base)):
         if base in (object, nn.Module):
             break
-        if "__init__" not in vars(base):
-            continue
         _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
         named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
         names += named
@@ -315,7 +314,4 @@ def _shown(entries: Mapping[Any, Any], name: Any) -> str:
 
 def digest(tensor: Tensor) -> str:
     """sha256 of type, shape and values."""
-    content = tensor.detach().cpu().contiguous()
-    hashed = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-    hashed.update(content.flatten().view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
+    return state_dicts.digest(tensor, f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -117,7 +117,7 @@ class AdaptiveMerge(ScoredModule):
         self.task = check_task_name(task, self.model, recipe)
         routed = (len(merged.tasks) * (self.model.route is not None), task == "unknown")
         self.scores: ListOf[TaskScore] = ListOf(TaskScore(self.model.heads[t], *routed) for t in self.experts.tasks)
-        self.said: dict[str, Tensor] = {}
+        self.step_logits: dict[str, Tensor] = {}  # of the last step, by task
         self._nothing_kept = True  # since the last optimiser step
         self._small: bool | None = None  # whether one graph of all tasks is small; known after the first step
         self.views = FrozenViews(self.model, self.experts, FrozenOutputs(cache))
@@ -200,7 +200,7 @@ class AdaptiveMerge(ScoredModule):
             loss = step.per_task(
                 {task: self.views.features(task, part, self._source(task)) for task, part in parts.items()}
             )
-        self.said = step.logits
+        self.step_logits = step.logits
         self._log_step(step.gather(loss, self.tasks, self._processes), step.entropies, step.kept)
         # Lightning cannot skip a step by returning None on several processes.
         self._nothing_kept &= bool(step.kept) and not any(step.kept.values())

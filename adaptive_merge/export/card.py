@@ -11,10 +11,10 @@ from typing import Any, Final
 from adaptive_merge import __version__
 from adaptive_merge.adapters.heads import Head
 from adaptive_merge.engine.identity import describe
-from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.engine.views import VIEWS, percent
 from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
 from adaptive_merge.export.tower import image_size
-from adaptive_merge.files import replacing
+from adaptive_merge.files import save_text
 from adaptive_merge.runs.results import footing, uses_labels
 from adaptive_merge.weights.manifest import sha256_of_files
 
@@ -98,8 +98,7 @@ def write_card(
         version=__version__,
         command=command,
     )
-    with replacing(job.folder / "README.md") as partial:
-        partial.write_text(content, encoding="utf-8")
+    save_text(job.folder / "README.md", content)
 
 
 def _base_models(names: Sequence[str]) -> str:
@@ -129,14 +128,14 @@ def _protocol(results: Mapping[str, Any] | None) -> str:
     if results is None or "protocol" not in results:
         return ""
     name = results["protocol"]["name"]
-    told = footing(results).removesuffix(", each predicted before it was used")
+    basis = footing(results).removesuffix(", each predicted before it was used")
     passed = " The accuracies are those of the model at the end of the pass." if name == "online" else ""
     chosen = " ORACLE: labels chose the step that was kept." if uses_labels(results) else ""
-    return f"{told[0].upper()}{told[1:]}.{passed}{chosen}"
+    return f"{basis[0].upper()}{basis[1:]}.{passed}{chosen}"
 
 
 def _percent(row: Mapping[str, float]) -> str:
-    return " | ".join(f"{100 * row[view]:.1f}" for view in VIEWS)
+    return " | ".join(f"{percent(row[view]):.1f}" for view in VIEWS)
 
 
 def _files(folder: Path) -> str:

@@ -13,12 +13,13 @@ from torch import Tensor
 from adaptive_merge import __version__
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.module import AdaptiveMerge
+from adaptive_merge.engine.views import percent
 from adaptive_merge.errors import InputError
 from adaptive_merge.export.card import plain
 from adaptive_merge.export.folder import check_free, new_folder
 from adaptive_merge.export.formats import write_heads
 from adaptive_merge.export.tall_file import FILE, TallMasks, load_tall, packed_mask
-from adaptive_merge.files import replacing
+from adaptive_merge.files import save_text
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.functional import jensen_shannon
 
@@ -200,7 +201,7 @@ def table(kept: Mapping[str, Kept]) -> list[tuple[str, ...]]:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
+    return "–" if share is None else f"{percent(share):.1f}"
 
 
 def _write_card(folder: Path, kept: Mapping[str, Kept], size: str, chosen: bool, command: str) -> None:
@@ -215,5 +216,4 @@ def _write_card(folder: Path, kept: Mapping[str, Kept], size: str, chosen: bool,
         version=__version__,
         command=command,
     )
-    with replacing(folder / "README.md") as partial:
-        partial.write_text(content, encoding="utf-8")
+    save_text(folder / "README.md", content)

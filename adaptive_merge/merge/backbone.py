@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -265,15 +265,10 @@ def _features(output: Any) -> Tensor:
 @contextmanager
 def _hooked(module: nn.Module, edits: Sequence[tuple[str, Edit]]) -> Iterator[None]:
     """Replace the outputs of named submodules while the context lasts."""
-    handles = []
-    try:
+    with ExitStack() as stack:
         for name, edit in edits:
-            hook = partial(_run_edit, edit)
-            handles.append(_submodule(module, name).register_forward_hook(hook))
+            stack.enter_context(_submodule(module, name).register_forward_hook(partial(_run_edit, edit)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run_edit(edit: Edit, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

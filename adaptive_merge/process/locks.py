@@ -18,7 +18,7 @@ from typing import Any
 
 from adaptive_merge.errors import AdaptiveMergeError, StorageError
 
-__all__ = ["LockedError", "holder", "locked"]
+__all__ = ["LockedError", "alive", "holder", "locked"]
 
 _TRIES = 20
 _LOOK_EVERY = 1.0
@@ -168,7 +168,7 @@ def _gone(content: dict[str, Any]) -> bool:
         return True  # the machine has been started since
     if content.get("space") != us["space"]:
         return False  # in another container: its processes cannot be seen from here
-    return not _alive(process) or _started(process) != content.get("started")
+    return not alive(process) or _started(process) != content.get("started")
 
 
 def _far(content: dict[str, Any]) -> bool:
@@ -187,7 +187,8 @@ def _told(content: dict[str, Any], path: Path | None, what: str) -> str:
     )
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this machine is there, whoever's it is."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from adaptive_merge.errors import InputError, MissingFileError, StorageError
 from adaptive_merge.files import replacing
+from adaptive_merge.process.locks import alive
 from adaptive_merge.runs.checkpoint import load_plain
 
 __all__ = ["AtomicCheckpointIO", "StorageError", "check_writable", "nearest", "remove_orphans"]
@@ -126,22 +127,12 @@ def _reason(error: OSError) -> str:
 
 def _abandoned(path: Path, process: int) -> bool:
     # In a container every start has the same process id: a partial file with ours is of an earlier start.
-    if process == os.getpid() or not _alive(process):
+    if process == os.getpid() or not alive(process):
         return True
     try:
         return time.time() - path.stat().st_mtime > _STALE_SECONDS
     except FileNotFoundError:
         return False
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def _write_and_verify(partial: Path, content: memoryview) -> None:

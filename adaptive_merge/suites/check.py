@@ -1,22 +1,37 @@
-"""Is the data of a suite there, complete and readable? Asked without reading an expert."""
+"""Are the data and the checkpoints of a suite there, readable and of one kind? Asked without an expert's numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from adaptive_merge.adapters.heads import CosineHead, check_width
 from adaptive_merge.data.cache import cached_images, resized
-from adaptive_merge.errors import AdaptiveMergeError
+from adaptive_merge.data.sources import ImageSource
+from adaptive_merge.errors import AdaptiveMergeError, MissingFileError
 from adaptive_merge.suites.clip_folder import KIND, read_clip_suite
-from adaptive_merge.suites.clip_suite import ClipSuite, missing_path
+from adaptive_merge.suites.clip_suite import (
+    ClipSuite,
+    check_head,
+    check_named,
+    missing_path,
+    read_expert,
+    read_pretrained,
+    text_tower,
+)
 from adaptive_merge.suites.loading import check_manifest, folder_of, load_suite, read_manifest
+from adaptive_merge.weights import Manifest, Weights, read_head
 from adaptive_merge.weights.clip import read_architecture
+from adaptive_merge.weights.headers import headers_only
+from adaptive_merge.weights.open_clip_names import expected_shapes
 
 __all__ = ["TaskCheck", "check_suite"]
 
 
 @dataclass(frozen=True)
 class TaskCheck:
-    """What is known of one task's data; `problem` is the first that was met, or None."""
+    """What is known of one task; `problem` is the first that was met, or None."""
 
     task: str
     images: int = 0
@@ -25,7 +40,10 @@ class TaskCheck:
 
 
 def check_suite(name: str, decode: bool = False) -> list[TaskCheck]:
-    """Look at the data of every task of a suite.
+    """Look at the data and the checkpoints of every task of a suite.
+
+    Of checkpoints the headers alone are read: they are there, of a known format, of the suite's architecture and
+    of one shape with the pre-trained model, and the heads fit both. What `hf-hub:` names is not downloaded for that.
 
     Args:
         name: `"embedded"` or a folder with `suite.json`.
@@ -40,8 +58,8 @@ def check_suite(name: str, decode: bool = False) -> list[TaskCheck]:
         check_manifest(folder / "suite.json", manifest)
         return [_check_plain(name, task) for task in manifest["tasks"]]
     suite = read_clip_suite(folder, manifest)
-    shared = _missing({"pretrained": suite.pretrained, "text": suite.text})
-    return [_check_clip(suite, task, decode, shared) for task in suite.tasks]
+    base = _Base.of(suite)
+    return [_check_clip(suite, task, decode, base) for task in suite.tasks]
 
 
 def _check_plain(name: str, task: str) -> TaskCheck:
@@ -52,16 +70,8 @@ def _check_plain(name: str, task: str) -> TaskCheck:
     return TaskCheck(task, len(images), len(images.classes))
 
 
-def _missing(named: dict[str, str | None]) -> str | None:
-    """The first of the named checkpoints that is not there."""
-    return next((problem for what, path in named.items() if (problem := missing_path(what, path))), None)
-
-
-def _check_clip(suite: ClipSuite, task: str, decode: bool, shared: str | None) -> TaskCheck:
-    """Checkpoints are there, not read; lists and labels always; the first and the last image, or with `decode` all.
-
-    `shared` is what is wrong with the files of all tasks.
-    """
+def _check_clip(suite: ClipSuite, task: str, decode: bool, base: _Base) -> TaskCheck:
+    """Lists and labels, the first and the last image, or with `decode` all; then the checkpoints."""
     images = classes = 0
     try:
         source = suite.source(task)
@@ -71,11 +81,64 @@ def _check_clip(suite: ClipSuite, task: str, decode: bool, shared: str | None) -
             cached_images(source, suite.cache, size, name=task, workers=suite.workers, check=True)
         for index in {0, len(source) - 1}:
             resized(source.load(index), size)
-        own = {
-            f"the expert of task {task!r}": suite.expert_path(task),
-            f"the head of task {task!r}": suite.head_path(task),
-        }
-        problem = _missing(own) or shared
+        base.check(task, source)
     except AdaptiveMergeError as error:
         return TaskCheck(task, images, classes, str(error))
-    return TaskCheck(task, images, classes, problem)
+    return TaskCheck(task, images, classes)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the checkpoints of all tasks are compared with, without its numbers; `problem` is why they cannot be."""
+
+    suite: ClipSuite
+    architecture: Manifest | None = None
+    pretrained: Weights | None = None
+    problem: AdaptiveMergeError | None = None
+
+    @classmethod
+    def of(cls, suite: ClipSuite) -> _Base:
+        try:
+            _check_there({"pretrained": suite.pretrained, "text": suite.text})
+            architecture = read_architecture(suite.architecture)
+            with headers_only():
+                pretrained = _outline(architecture)
+                if not _is_remote(suite.pretrained):
+                    pretrained, _ = read_pretrained(suite, architecture)
+                if suite.heads is None and not _is_remote(suite.text or suite.pretrained):
+                    text_tower(suite, architecture)
+        except AdaptiveMergeError as error:
+            return cls(suite, problem=error)
+        return cls(suite, architecture, pretrained)
+
+    def check(self, task: str, source: ImageSource) -> None:
+        """Refuse an expert or a head that is missing or fits neither the pre-trained model nor the data set."""
+        expert, head = self.suite.expert_path(task), self.suite.head_path(task)
+        _check_there({f"the expert of task {task!r}": expert, f"the head of task {task!r}": head})
+        if self.problem:
+            raise self.problem
+        with headers_only():
+            if not _is_remote(expert):
+                read_expert(self.suite, task, self.pretrained, self.architecture)
+            if head is None:
+                check_named(task, source)
+            else:
+                weight = read_head(head)
+                check_head(self.suite, task, source, weight)
+                check_width(task, CosineHead(weight), self.architecture.embed_dim)
+
+
+def _outline(architecture: Manifest) -> Weights:
+    """A tower of this architecture on the meta device."""
+    shapes = expected_shapes(**architecture.architecture(), embed_dim=architecture.embed_dim)
+    return Weights({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, architecture)
+
+
+def _check_there(named: dict[str, str | None]) -> None:
+    for what, path in named.items():
+        if problem := missing_path(what, path):
+            raise MissingFileError(problem)
+
+
+def _is_remote(path: str) -> bool:
+    return path.startswith("hf-hub:")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from adaptive_merge.data.cache import cached_images
@@ -24,10 +25,13 @@ from adaptive_merge.weights import Manifest, check_agreement, read_head, read_we
 from adaptive_merge.weights.clip import build_tower, read_architecture
 from adaptive_merge.weights.manifest import Weights
 from adaptive_merge.weights.sources import is_adapter
-from adaptive_merge.weights.text_tower import read_text_tower
+from adaptive_merge.weights.text_tower import TextTower, read_text_tower
 from adaptive_merge.weights.zero_shot import zero_shot_head
 
-__all__ = ["ClipSuite", "load_clip_suite", "missing_path"]
+__all__ = [
+    *("ClipSuite", "check_head", "check_named", "load_clip_suite", "missing_path", "read_expert", "read_pretrained"),
+    "text_tower",
+]
 
 _LOG = logging.getLogger(__name__)
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -112,26 +116,36 @@ def load_clip_suite(suite: ClipSuite, lazy: bool = False) -> Suite:
     architecture = read_architecture(suite.architecture)
     sources = {} if lazy and suite.heads else {task: suite.source(task) for task in suite.tasks}
     _check_paths(suite)
-    pretrained = read_weights(suite.pretrained, quick_gelu=architecture.quick_gelu)
-    tower = pretrained.manifest.filled(
-        architecture, "name the architecture of these weights, or give the weights of this one"
-    )
-    backbone = build_tower(tower, pretrained.tensors, suite.pretrained)
+    pretrained, backbone = read_pretrained(suite, architecture)
     heads = _heads(suite, sources, architecture)
 
     notes = {suite.pretrained: pretrained.manifest.notes}
 
     def expert(task: str) -> Weights:
-        weights = read_weights(suite.expert_path(task), quick_gelu=architecture.quick_gelu, base=pretrained)
-        checked = check_agreement(pretrained, weights, name=task, projection=suite.projection)
-        notes[suite.expert_path(task)] = checked.manifest.notes
-        return checked
+        weights = read_expert(suite, task, pretrained, architecture)
+        notes[suite.expert_path(task)] = weights.manifest.notes
+        return weights
 
     bank = _bank(suite, pretrained.tensors, expert)
     size = architecture.image_size
     images = LazyImages({task: partial(_images, suite, task, sources.get(task), size, heads) for task in suite.tasks})
     _tell(notes)
     return Suite(suite.name, bank, backbone, heads, images if lazy else dict(images), notes)
+
+
+def read_pretrained(suite: ClipSuite, architecture: Manifest) -> tuple[Weights, VisionTransformer]:
+    """The pre-trained weights, and the tower with them."""
+    weights = read_weights(suite.pretrained, quick_gelu=architecture.quick_gelu)
+    tower = weights.manifest.filled(
+        architecture, "name the architecture of these weights, or give the weights of this one"
+    )
+    return weights, build_tower(tower, weights.tensors, suite.pretrained)
+
+
+def read_expert(suite: ClipSuite, task: str, pretrained: Weights, architecture: Manifest) -> Weights:
+    """A task's expert, which belongs to the pre-trained weights."""
+    weights = read_weights(suite.expert_path(task), quick_gelu=architecture.quick_gelu, base=pretrained)
+    return check_agreement(pretrained, weights, name=task, projection=suite.projection)
 
 
 def _bank(suite: ClipSuite, pretrained: Mapping[str, Tensor], read: Callable[[str], Weights]) -> TaskVectors:
@@ -158,7 +172,7 @@ def _tell(notes: Mapping[str, Sequence[str]]) -> None:
 def _images(suite: ClipSuite, task: str, source: ImageSource | None, size: int, heads: Mapping[str, Tensor]) -> Images:
     if source is None:
         source = suite.source(task)
-        _check_head(suite, task, source, heads[task])
+        check_head(suite, task, source, heads[task])
     return cached_images(source, suite.cache, size, name=task, workers=suite.workers)
 
 
@@ -167,11 +181,12 @@ def _heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: M
         return _zero_shot_heads(suite, sources, architecture)
     heads = {task: read_head(suite.head_path(task)) for task in suite.tasks}
     for task, source in sources.items():
-        _check_head(suite, task, source, heads[task])
+        check_head(suite, task, source, heads[task])
     return heads
 
 
-def _check_head(suite: ClipSuite, task: str, source: ImageSource, head: Tensor) -> None:
+def check_head(suite: ClipSuite, task: str, source: ImageSource, head: Tensor) -> None:
+    """Refuse a head file with another number of classes than the data set."""
     if source.classes and len(head) != len(source.classes):
         raise InputError(
             f"`{suite.head_path(task)}` (task {task!r}): expected {len(source.classes)} classes as in the data set, "
@@ -182,20 +197,10 @@ def _check_head(suite: ClipSuite, task: str, source: ImageSource, head: Tensor) 
 def _zero_shot_heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Manifest) -> dict[str, Tensor]:
     from adaptive_merge.suites.class_names import clip_task, clip_task_names
 
-    tower = read_text_tower(suite.text or suite.pretrained)
-    if tower.embed_dim != architecture.embed_dim:
-        raise InputError(
-            f"`{suite.text or suite.pretrained}`: its text tower gives {tower.embed_dim} features, architecture "
-            f"{architecture.source} {architecture.embed_dim}; give the CLIP that the experts were fine-tuned from"
-        )
-    model, tokenizer = tower.build(architecture.quick_gelu)
+    model, tokenizer = text_tower(suite, architecture).build(architecture.quick_gelu)
     heads = {}
     for task, source in sources.items():
-        if not source.classes:
-            raise InputError(
-                f"task {task!r}: its images have no labels, and nothing names the classes of a zero-shot head; give a "
-                "file of them under `class_names`, or the head under `heads`"
-            )
+        check_named(task, source)
         published = clip_task(task).templates if task in clip_task_names() else DEFAULT_TEMPLATES
         templates = suite.templates.get(task, published)
         heads[task] = zero_shot_head(
@@ -207,6 +212,26 @@ def _zero_shot_heads(suite: ClipSuite, sources: Mapping[str, ImageSource], archi
             cache=Path(suite.cache) / "heads",
         )
     return heads
+
+
+def text_tower(suite: ClipSuite, architecture: Manifest) -> TextTower:
+    """The text tower that zero-shot heads are made from."""
+    tower = read_text_tower(suite.text or suite.pretrained)
+    if tower.embed_dim != architecture.embed_dim:
+        raise InputError(
+            f"`{suite.text or suite.pretrained}`: its text tower gives {tower.embed_dim} features, architecture "
+            f"{architecture.source} {architecture.embed_dim}; give the CLIP that the experts were fine-tuned from"
+        )
+    return tower
+
+
+def check_named(task: str, source: ImageSource) -> None:
+    """Refuse images without classes where the head is made from their names."""
+    if not source.classes:
+        raise InputError(
+            f"task {task!r}: its images have no labels, and nothing names the classes of a zero-shot head; give a "
+            "file of them under `class_names`, or the head under `heads`"
+        )
 
 
 def _of_task(paths: str | dict[str, str], task: str, what: str) -> str:

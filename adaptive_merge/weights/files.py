@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.limits import TENSOR_NAME, TENSORS, LimitError, check_header
+from adaptive_merge.weights.headers import without_numbers
 from adaptive_merge.weights.manifest import Manifest, Weights
 from adaptive_merge.weights.modules import facts_of_module, named_records
 from adaptive_merge.weights.reader import Loader, Reader, assemble
@@ -90,4 +92,12 @@ def _torch_loader(load: Callable[[Any, str], Tensor], record: Any, name: str) ->
 
 
 def _safetensors_loader(file: Any, name: str) -> Loader:
-    return lambda: file.get_tensor(name)
+    return lambda: _outline(file, name) if without_numbers() else file.get_tensor(name)
+
+
+def _outline(file: Any, name: str) -> Tensor:
+    """The tensor without its numbers, but for a scalar, which is no more than its header."""
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    dtype = (part[:0] if shape else file.get_tensor(name)).dtype
+    return torch.empty(shape, dtype=dtype, device="meta")

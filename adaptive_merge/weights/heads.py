@@ -24,6 +24,8 @@ _LARGEST_LOGARITHM: Final = math.log(1000)
 def read_head(path: str | Path) -> Tensor:
     """The weight [C, d] (float32) of a head, to be applied to L2-normalised features; nothing in the file is run.
 
+    Under `headers_only` its shape alone: whether the bias is zero and what the scale is, the numbers would tell.
+
     Args:
         path: a whole pickled `ClassificationHead` or `Linear`, or a state dict or safetensors file with `weight`. A
             `logit_scale` beside it is applied, as a logarithm up to ln 1000 and else as it is, unless the rows have it.
@@ -44,7 +46,7 @@ def read_head(path: str | Path) -> Tensor:
     check_finite({weights[0]: weight}, str(path))
     bias = weights[0].removesuffix("weight") + "bias"
     values = loaders[bias]().to(torch.float32) if bias in loaders else torch.zeros(1)
-    if values.any():
+    if not values.is_meta and values.any():
         check_finite({bias: values}, str(path))
         raise InputError(
             f"`{path}`: tensor `{bias}`: expected zeros as in every zero-shot head, found values up to "
@@ -52,7 +54,7 @@ def read_head(path: str | Path) -> Tensor:
         )
     _check_normalises(path)
     scale = weights[0].removesuffix("weight") + "logit_scale"
-    if scale in loaders:
+    if scale in loaders and not weight.is_meta:
         weight = weight * _scale(loaders[scale]().to(torch.float32), weight, f"`{path}`: tensor `{scale}`")
     return weight.contiguous()
 

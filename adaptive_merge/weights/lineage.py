@@ -111,5 +111,6 @@ def _projection_state(pretrained: Weights, expert: Weights) -> Literal["present"
         return "absent"
     if "proj" not in expert.tensors:
         return "pretrained"
-    same = torch.equal(pretrained.tensors["proj"], expert.tensors["proj"])
+    base, own = pretrained.tensors["proj"], expert.tensors["proj"]
+    same = base.is_meta or own.is_meta or torch.equal(base, own)  # headers alone cannot tell
     return "present" if same else "trained"

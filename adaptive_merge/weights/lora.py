@@ -227,6 +227,9 @@ class _Tower:
         if ours == "proj":  # [inputs, outputs] in open_clip
             high, low = low.t(), high.t()
         part = self.tensors[ours][rows]
+        if high.shape[1] != low.shape[0]:
+            ranks = f"{high.shape[1]} and {low.shape[0]}"
+            raise InputError(f"`{self.path}`: tensor `{name}`: factors of ranks {ranks}; save the adapter again")
         change = high @ low
         self._check(part.flatten(1), change, name)
         total = part + change.reshape(part.shape)

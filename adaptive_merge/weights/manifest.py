@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError, check_normalisation
 from adaptive_merge.merge.factors import Change
+from adaptive_merge.weights.headers import without_numbers
 
 __all__ = ["METADATA_KEY", "Manifest", "Weights", "sha256_of_files"]
 
@@ -131,7 +132,12 @@ def triple(values: Any) -> tuple[float, float, float] | None:
 
 
 def sha256_of_files(paths: list[Path]) -> str:
-    """SHA-256 of one file (as `sha256sum` prints it), or of the sorted "name digest" lines of several."""
+    """SHA-256 of one file (as `sha256sum` prints it), or of the sorted "name digest" lines of several.
+
+    Empty under `headers_only`.
+    """
+    if without_numbers():
+        return ""
     digests = [_sha256(path) for path in paths]
     if len(digests) == 1:
         return digests[0]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import pickle  # noqa: S403
 import pickletools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import IO, Any, ClassVar, Final
 
 import torch
@@ -23,109 +22,23 @@ import torch
 from adaptive_merge.errors import InputError
 from adaptive_merge.limits import OPCODES, TUPLE_KEYS, LimitError
 from adaptive_merge.upstream import PythonUnpickler
+from adaptive_merge.weights.stubs import (
+    DTYPE_NAMES,
+    DTYPES,
+    REBUILDERS,
+    Mapping,
+    Rebuilder,
+    StorageRecord,
+    Stub,
+    TensorRecord,
+    plain_bytes,
+)
 
 __all__ = ["Mapping", "StorageRecord", "Stub", "TensorRecord", "checked_span", "read_pickle_stream"]
 
 _INT_KEYS: Final = 2**60  # larger ones can be made to have one hash, so that a dictionary of them takes the square
-_MOST_SIZES: Final = 64
 _SLACK: Final = 1 << 16  # bytes and items that a pickle may make beyond its own length
 _FORBIDDEN: Final = frozenset({"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"})
-
-_DTYPES: Final = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}
-_DTYPE_NAMES: Final = {
-    name: getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-}
-
-
-@dataclass(frozen=True)
-class StorageRecord:
-    """A run of numbers inside the file: by `key` (zip record or legacy entry) or as the bytes of a nested file."""
-
-    dtype: torch.dtype
-    numel: int
-    key: str | None = None
-    nested: bytes | None = None
-
-    def __setstate__(self, _state: Any) -> None:
-        raise pickle.UnpicklingError("the pickle tries to change a checked storage")
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """The description of a tensor: nothing is allocated until it is asked for."""
-
-    storage: StorageRecord
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype | None  # None: as the storage says
-
-    def __setstate__(self, _state: Any) -> None:
-        raise pickle.UnpicklingError("the pickle tries to change a checked tensor")
-
-
-class Stub:
-    """Stands for an object of a class that is not imported; keeps its state, does nothing."""
-
-    origin: str = "an unknown object"
-    state: dict[Any, Any]
-
-    def __new__(cls, *_: Any, **__: Any) -> Stub:
-        stub = object.__new__(cls)
-        stub.state = {}
-        return stub
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        """Arguments are dropped: a stub has no behaviour that they could steer."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state if isinstance(state, dict) else {}
-
-    def __call__(self, *_: Any, **__: Any) -> Stub:
-        return Stub()
-
-    def __setitem__(self, _key: Any, _value: Any) -> None:
-        """Items of dict-like objects are dropped."""
-
-    def append(self, _value: Any) -> None:
-        """Items of list-like objects are dropped."""
-
-    extend = add = append
-
-
-class Mapping(dict[Any, Any]):
-    """Stands for `collections.OrderedDict`; attributes set on it (such as `_metadata`) are dropped."""
-
-    def __setstate__(self, _state: Any) -> None:
-        """Nothing but the items matters."""
-
-
-class _Rebuilder:
-    """A callable for REDUCE. Slots and a refusing `__setstate__` keep BUILD from rewriting it."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
-
-    def __setstate__(self, _state: Any) -> None:
-        raise pickle.UnpicklingError("the pickle tries to change a function of the reader")
 
 
 def checked_span(file: IO[bytes], name: str) -> int:
@@ -188,12 +101,12 @@ class _Unpickler(PythonUnpickler):
         self._stubs: dict[str, type[Stub]] = {}
         self._tuples, self._room = 0, size + _SLACK
         self._bounded = {
-            ("_codecs", "encode"): _Rebuilder(self._latin1_bytes),
-            ("collections", "OrderedDict"): _Rebuilder(self._mapping),
+            ("_codecs", "encode"): Rebuilder(self._latin1_bytes),
+            ("collections", "OrderedDict"): Rebuilder(self._mapping),
             # These three torch knows as well: what is harmless here must not be a bomb there.
-            ("collections", "Counter"): _Rebuilder(self._collection),
-            **{(module, "set"): _Rebuilder(self._collection) for module in ("builtins", "__builtin__")},
-            **{(module, "bytearray"): _Rebuilder(_plain_bytes) for module in ("builtins", "__builtin__")},
+            ("collections", "Counter"): Rebuilder(self._collection),
+            **{(module, "set"): Rebuilder(self._collection) for module in ("builtins", "__builtin__")},
+            **{(module, "bytearray"): Rebuilder(plain_bytes) for module in ("builtins", "__builtin__")},
         }
 
     def check_keys(self, keys: Iterable[Any]) -> None:
@@ -230,11 +143,11 @@ class _Unpickler(PythonUnpickler):
             raise pickle.UnpicklingError("the same content again and again")
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch", "torch.storage") and name in _DTYPES:
-            return _DTYPES[name]
-        if module == "torch" and name in _DTYPE_NAMES:
-            return _DTYPE_NAMES[name]
-        rebuilder = self._bounded.get((module, name)) or _REBUILDERS.get((module, name))
+        if module in ("torch", "torch.storage") and name in DTYPES:
+            return DTYPES[name]
+        if module == "torch" and name in DTYPE_NAMES:
+            return DTYPE_NAMES[name]
+        rebuilder = self._bounded.get((module, name)) or REBUILDERS.get((module, name))
         if rebuilder is not None:
             return rebuilder
         origin = f"{module}.{name}"
@@ -288,56 +201,3 @@ _before(pickle.SETITEMS, lambda unpickler: unpickler.stack[::2])
 _before(pickle.DICT, lambda unpickler: unpickler.stack[::2])
 _before(pickle.ADDITEMS, lambda unpickler: unpickler.stack)
 _before(pickle.FROZENSET, lambda unpickler: unpickler.stack)
-
-
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRecord:
-    return _record(storage, offset, size, stride, None)
-
-
-def _rebuild_tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *rest: Any
-) -> TensorRecord:
-    return _record(storage, offset, size, stride, dtype)
-
-
-def _record(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any) -> TensorRecord:
-    if not isinstance(storage, StorageRecord) or not isinstance(dtype, torch.dtype | None):
-        raise pickle.UnpicklingError("a tensor without a storage")
-    if not isinstance(size, (tuple, list)) or not isinstance(stride, (tuple, list)) or len(size) > _MOST_SIZES:
-        raise pickle.UnpicklingError("a tensor whose size or stride is no tuple, or a long one")
-    numbers = (offset, *size, *stride[: len(size) + 1])
-    if len(size) != len(stride) or not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):
-        raise pickle.UnpicklingError("a tensor whose size and stride do not fit each other")
-    return TensorRecord(storage, offset, tuple(size), tuple(stride), dtype)
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _nested_storage(content: Any) -> StorageRecord:
-    if not isinstance(content, bytes):
-        raise pickle.UnpicklingError("a nested storage that is not bytes")
-    return StorageRecord(torch.uint8, -1, nested=content)
-
-
-def _plain_bytes(content: Any = b"", *_: Any) -> bytes:
-    if not isinstance(content, (str, bytes)):
-        raise pickle.UnpicklingError("bytes of a size, without content")
-    return b""
-
-
-def _reconstructor(cls: Any, *_: Any) -> Stub:
-    return cls() if isinstance(cls, type) and issubclass(cls, Stub) else Stub()
-
-
-_REBUILDERS: Final = {
-    ("torch._utils", "_rebuild_tensor"): _Rebuilder(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Rebuilder(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): _Rebuilder(_rebuild_tensor_v3),
-    ("torch._utils", "_rebuild_parameter"): _Rebuilder(_rebuild_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Rebuilder(_rebuild_parameter),
-    ("torch.storage", "_load_from_bytes"): _Rebuilder(_nested_storage),
-    ("copyreg", "_reconstructor"): _Rebuilder(_reconstructor),
-    ("copy_reg", "_reconstructor"): _Rebuilder(_reconstructor),
-}

@@ -114,8 +114,10 @@ def check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]
 
 
 def check_finite(tensors: dict[str, Tensor], path: str) -> None:
-    """Refuse NaN and infinity, naming the tensor and how many numbers are affected."""
+    """Refuse NaN and infinity, naming the tensor and how many numbers are affected; meta tensors have none."""
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            continue
         # A sum is finite unless a number is not (or it overflows, which the exact count then clears).
         if not bool(tensor.sum().isfinite()):
             count = int((~tensor.isfinite()).sum())

@@ -1,7 +1,8 @@
 """The three containers of `torch.save` and `pickle.dump`, memory-mapped, with every size checked before use.
 
 Zip (torch ≥ 1.6, TorchScript archives): `data.pkl` plus one stored record per storage. Legacy: five pickles, then
-the numbers. Plain pickle: storages are nested legacy files. Only tensors that are asked for are read.
+the numbers. Plain pickle: storages are nested legacy files. Only tensors that are asked for are read, and of them
+only the descriptions under `headers_only`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.limits import DIMENSIONS, DIRECTORY_BYTES, PICKLE_BYTES, LimitError
+from adaptive_merge.weights.headers import without_numbers
 from adaptive_merge.weights.pickles import StorageRecord, TensorRecord, read_pickle_stream
 
 __all__ = ["TorchFile", "open_torch_file"]
@@ -77,7 +79,8 @@ class TorchFile:
 
     def _numbers(self, storage: StorageRecord, name: str) -> Tensor:
         if storage.nested is not None:
-            return _nested_numbers(storage.nested, f"`{self.path}`: storage of `{name}`")
+            numbers = _nested_numbers(storage.nested, f"`{self.path}`: storage of `{name}`")
+            return numbers.to("meta") if without_numbers() else numbers
         start, size = self.places.get(storage.key or "", (0, -1))
         if size != storage.numel * storage.dtype.itemsize:
             stored = "no such record" if size < 0 else f"{size} bytes"
@@ -85,6 +88,8 @@ class TorchFile:
                 f"`{self.path}`: storage of `{name}` should have {storage.numel:.3g} numbers of {storage.dtype}, "
                 f"found {stored}; refused before allocation, get the file from its source again"
             )
+        if without_numbers():
+            return torch.empty(storage.numel, dtype=storage.dtype, device="meta")
         if (expected := self.sums.pop(storage.key or "", None)) is not None:  # once, before it is first used
             _check_sum(self.path, f"storage of `{name}`", self.buffer, (start, size), expected)
         return _from_bytes(self.buffer, storage.dtype, storage.numel, start)

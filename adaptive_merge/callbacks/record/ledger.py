@@ -80,7 +80,7 @@ class Ledger(pl.Callback):
                 rows[0, index] = 1
                 if _single_pass(trainer):
                     unknown = rows[2, index] == _UNKNOWN  # a start's images have been predicted before
-                    predicted = pl_module.model.heads[task].predict(pl_module.said[task])
+                    predicted = pl_module.model.heads[task].predict(pl_module.step_logits[task])
                     _note(rows[2], index[unknown], predicted[unknown] if len(predicted) == len(index) else predicted)
 
     def on_validation_batch_end(
