@@ -75,10 +75,20 @@ def test_a_script_gets_what_the_command_line_gets(work, suite, capsys):
     assert torch.equal(model.coefficients.values, values["model.backbone.coefficients.values"])
 
 
+class Steps(pl.Callback):
+    def __init__(self):
+        self.taken = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.taken.append(trainer.global_step)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(work, suite):
     whole = am.fit(module(suite), stream(suite), "runs/whole", max_steps=6, **QUIET)
     am.fit(module(suite), stream(suite), "runs/parts", max_steps=2, report=False, **QUIET)
-    again = am.fit(module(suite), stream(suite), "runs/parts", max_steps=6, if_exists="resume", report=False, **QUIET)
+    steps, on = Steps(), {"if_exists": "resume", "report": False}
+    again = am.fit(module(suite), stream(suite), "runs/parts", max_steps=6, callbacks=[steps], **on, **QUIET)
+    assert steps.taken == [3, 4, 5, 6]
     first, second = learned(work / "runs" / "whole"), learned(work / "runs" / "parts")
     assert all(torch.equal(first[name], second[name]) for name in first) and again["steps"] == 6
     assert again["tasks"] == whole["tasks"]
