@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "callbacks": ["Guard", "Ledger"],
-    "cli.loading": ["load_run"],
+    "cli.loading": ["load_checkpoint", "load_run"],
+    "cli.script": ["fit"],
     "data": ["Corruption", "Holdout", "Images", "Online", "Protocol", "TaskStream", "Transductive", "Unseen"],
     "engine.module": ["AdaptiveMerge"],
     "errors": ["AdaptiveMergeError", "InputError", "MissingFileError"],

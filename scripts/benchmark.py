@@ -11,6 +11,7 @@ In one process, alternating round by round:
     python scripts/benchmark.py --transforms TSVM IsoC CART --model vit_b_32 --tasks 8 --threads 2
 
 With --wemoe: (e) a step of WEMoE against (b).
+With --spectral: (f) a step of `Spectral`, of which a sixth of the directions is kept, against (b).
 With --start: (d) a start in closed form from the images, once, against (b), which then is one epoch of them.
 
 With --transforms: seconds on the clock and on the processors, and the peak of memory, the bank that is given included
@@ -153,6 +154,30 @@ def wemoe(backbone, bank, heads, batch) -> Callable[[], None]:
     module = am.AdaptiveMerge(bank, backbone, heads, adapters=[am.WEMoE()]).to(bank.device)
     module.log = module.log_dict = lambda *_, **__: None
     optimizer = torch.optim.Adam(module.model.adapters.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+
+    return step
+
+
+def spectral(backbone, bank, heads, batch) -> Callable[[], None]:
+    """One step of a mask over singular directions, as AdaRank has it on CART's vectors, otherwise as `ours`.
+
+    The decompositions are made once in a run and are not part of a step: random factors stand for them.
+    """
+    from adaptive_merge.coefficients import spectral as home
+
+    def factors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rank = min(matrix.shape)
+        return torch.randn(matrix.shape[0], rank), torch.rand(rank), torch.randn(rank, matrix.shape[1]) / rank
+
+    home.svd = factors
+    module = am.AdaptiveMerge(bank, backbone, heads, coefficients=am.Spectral(0.3, keep=0.16)).to(bank.device)
+    module.log = module.log_dict = lambda *_, **__: None
+    optimizer = torch.optim.Adam(module.coefficients.parameters(), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -306,6 +331,7 @@ def main() -> None:
     parser.add_argument("--transforms", nargs="*", help="only: these transforms, with their default settings")
     parser.add_argument("--threads", type=int, default=1, help="of --transforms")
     parser.add_argument("--wemoe", action="store_true", help="only: a step of WEMoE against one of AdaMerging")
+    parser.add_argument("--spectral", action="store_true", help="only: a step of Spectral against one of AdaMerging")
     parser.add_argument("--surgery", action="store_true", help="only: adapter updates on kept outputs, ViT-B/32")
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
@@ -319,7 +345,8 @@ def main() -> None:
             show_transform(model, tasks, name, options.threads)
         return
     libraries = resident_peak()  # a process of the same imports has as much before it begins
-    pair = ("start", "ours") if options.start else ("wemoe", "ours") if options.wemoe else CONTENDERS
+    alone = next((name for name in ("start", "wemoe", "spectral") if getattr(options, name)), None)
+    pair = (alone, "ours") if alone else CONTENDERS
     contenders = tuple(name for name in pair if name not in options.without)
     rows = []
     for model in options.model:
@@ -396,10 +423,8 @@ def ratios(row: dict) -> dict[str, float]:
         found["naive / ours"] = seconds["naive"] / seconds["ours"]
     if "ours" in seconds:
         found["naive merge / ours"] = seconds["naive merge + gradient"] / (seconds["merge"] + seconds["gradient"])
-    if "wemoe" in seconds:
-        found["wemoe / ours"] = seconds["wemoe"] / seconds["ours"]
-    if "start" in seconds:
-        found["start / ours"] = seconds["start"] / seconds["ours"]
+    for name in (name for name in ("wemoe", "spectral", "start") if name in seconds):
+        found[f"{name} / ours"] = seconds[name] / seconds["ours"]
     if "ours bf16" in seconds:
         found["bf16 / fp32"] = seconds["ours bf16"] / seconds["ours"]
     return found

@@ -3,4 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "[dev]"
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+# A file of tests stays in one process, for its fixtures are shared.
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -2,65 +2,47 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonargparse
 import yaml
 from jsonargparse import Namespace, class_from_function
-from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from adaptive_merge import upstream
-from adaptive_merge.callbacks import Guard, Ledger, protect, watchers
-from adaptive_merge.callbacks.guard.guard import Select, check_oracle
-from adaptive_merge.callbacks.safe.preemption import Preemption
-from adaptive_merge.callbacks.safe.ranks import RunStopped
-from adaptive_merge.callbacks.safe.safeguards import safeguards
+from adaptive_merge.callbacks import watchers
+from adaptive_merge.callbacks.guard.guard import Select
 from adaptive_merge.cli.configs import layered
 from adaptive_merge.cli.hints import explain
+from adaptive_merge.cli.session import TRAINER_DEFAULTS, GuardMode, Session, quiet
 from adaptive_merge.cli.stopped import Place, answering
-from adaptive_merge.cli.trainer import check_end, check_trainer, refusal, restoring
-from adaptive_merge.coefficients.files import save_coefficients
+from adaptive_merge.cli.trainer import check_trainer, refusal, restoring
 from adaptive_merge.data import TaskStream
-from adaptive_merge.engine import identity
 from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import AdaptiveMergeError, InputError
 from adaptive_merge.limits import VALUES, check_names, check_nesting
-from adaptive_merge.runs.backdoor import attack_success
-from adaptive_merge.runs.checkpoint import read_checkpoint
-from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO, check_writable
-from adaptive_merge.runs.folder import SaveConfig, check_name, claim, holding, open_folder, publish, undoing
-from adaptive_merge.runs.log import RunLog
-from adaptive_merge.runs.results import evaluate, summary
+from adaptive_merge.runs.checkpoint_io import check_writable
+from adaptive_merge.runs.folder import IfExists, SaveConfig, check_name
 from adaptive_merge.suites import Suite, load_suite
 
 __all__ = ["AdaptiveMergeCLI", "fit", "run", "validate"]
 
 STARTED = time.perf_counter()
-TRAINER_DEFAULTS = {
-    # One endless epoch of steps: `max_steps` says where it ends; validation comes every `val_check_interval` steps.
-    "max_epochs": -1,
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 1,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
-CHECKPOINT_EVERY = 50
 _LOAD = jsonargparse.get_loader("yaml")
 
 
-def run(arguments: list[str]) -> None:
-    """Run `fit` or `validate`, named in the arguments; raises AdaptiveMergeError for what the user has to mend."""
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Run `fit` or `validate`, named in the arguments; the results of `fit`.
+
+    Raises:
+        AdaptiveMergeError: what the user has to mend.
+    """
     with answering() as place, ExitStack() as held:
-        AdaptiveMergeCLI(args=arguments, held=held, place=place)
+        return AdaptiveMergeCLI(args=arguments, held=held, place=place).results
 
 
 def fit(arguments: list[str]) -> None:
@@ -79,16 +61,18 @@ class AdaptiveMergeCLI(LightningCLI):
     def __init__(
         self, args: list[str], run: bool = True, held: ExitStack | None = None, place: Place | None = None
     ) -> None:
-        _quiet()
+        quiet()
         _stay_local()
-        self._run, self._parsers, self._undo = run, [], None
+        self._run, self._parsers = run, []
+        self._session: Session | None = None
+        self.results: dict[str, Any] = {}  # of `fit`, once it has ended
         self._held, self._place = held or ExitStack(), place or Place()
         try:
             self._build(args, run)
         except Exception as error:
-            if self._undo:
-                self._undo()
-            path = self.settings.ckpt_path if self._undo else None
+            if self._session:
+                self._session.undo()
+            path = self.settings.ckpt_path if self._session else None
             if path and restoring(error):
                 raise InputError(
                     f"{path}: this run cannot go on from it ({type(error).__name__}: {error}); the file is damaged or "
@@ -166,13 +150,13 @@ class AdaptiveMergeCLI(LightningCLI):
         )
         parser.add_argument(
             "--run.if_exists",
-            type=Literal["refuse", "resume", "overwrite"],
+            type=IfExists,
             default="refuse",
             help="what to do with a folder that holds a run: nothing, go on from its last checkpoint, or replace it",
         )
         parser.add_argument(
             "--run.guard",
-            type=Literal["stop", "warn", "off"],
+            type=GuardMode,
             default="stop",
             help="what to do where the merge collapses: restore the best state and end, warn, or do not look",
         )
@@ -211,12 +195,10 @@ class AdaptiveMergeCLI(LightningCLI):
         check_name(settings.run.root, settings.run.name or settings.model.recipe)
         if settings.model.cache:
             check_writable(Path(settings.model.cache))
-        self._undo = undoing(self.folder)
-        self.journal = self._held.enter_context(holding(self.folder))
+        self._session = Session(self.folder, settings.run.if_exists, self._held, STARTED)
         self._place.folder = self.folder
         settings.trainer.default_root_dir = settings.trainer.default_root_dir or str(self.folder)
-        settings.ckpt_path = claim(self.journal, settings.run.if_exists, settings.ckpt_path)
-        self.resumed_at = read_checkpoint(settings.ckpt_path)["global_step"] if settings.ckpt_path else 0
+        settings.ckpt_path = self._session.claim(settings.ckpt_path)
 
     def instantiate_classes(self) -> None:
         """Build everything; what the parts of a configuration refuse is said of their setting."""
@@ -235,93 +217,31 @@ class AdaptiveMergeCLI(LightningCLI):
         if self.subcommand != "fit":
             return super().instantiate_trainer(logger=False, **kwargs)
         asked = self.config_init[self.subcommand].trainer
-        wanted, bar = asked.logger, asked.enable_progress_bar is not False
-        others = wanted if isinstance(wanted, list) else [wanted] if wanted not in (None, True, False) else []
-        others = [protect(logger, self.folder, self.resumed_at > 0) for logger in others]
-        asked = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
+        given = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
         trainer = super().instantiate_trainer(
-            logger=[RunLog(self.folder, self.resumed_at), *others], callbacks=watchers(asked, progress=bar), **kwargs
+            logger=self._session.loggers(asked.logger),
+            callbacks=watchers(given, progress=asked.enable_progress_bar is not False),
+            **kwargs,
         )
-        last = ModelCheckpoint(
-            self.folder / "checkpoints", "last", every_n_train_steps=CHECKPOINT_EVERY, enable_version_counter=False
-        )
-        # Guard and ledger first: what the one restores and the other notes is what safeguards compare and save.
-        ours = [*self._guard(trainer.callbacks), Ledger(str(self.folder)), *safeguards(self.folder, trainer.callbacks)]
-        trainer.callbacks.extend([*ours, last])
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        upstream.leave_signals(trainer)
+        self._session.equip(trainer, self.settings.run.guard, self.settings.run.select)
         self._place.launcher = trainer.strategy.launcher
         return trainer
 
-    def _guard(self, given: list[Callback]) -> list[Guard]:
-        """The guard that the configuration asks for; none where the user's callbacks hold one."""
-        asked = self.settings.run
-        if any(isinstance(one, Guard) for one in given):
-            return []
-        if asked.guard == "off":
-            if asked.select != "last":
-                raise InputError(f"--run.select {asked.select} needs the guard, which is off; set --run.guard warn")
-            return []
-        return [Guard(select=asked.select, on_collapse=asked.guard)]
-
     def before_fit(self) -> None:
-        """Refuse to train nothing, before anything is written."""
-        if self.trainer.max_steps != 0:
-            self.model.check_learns()
-        if self.settings.ckpt_path:  # before the run's config.yaml is replaced by one that does not fit its checkpoint
-            found = read_checkpoint(self.settings.ckpt_path)
-            identity.check(found, self.model.method, identity.of_data(self.datamodule))
-        _ = self.datamodule.draws, self.datamodule.scored  # a protocol may not fit the data
-        check_end(self.settings.trainer, endless=not self.datamodule.draws.end)
-        if any(isinstance(one, Guard) and one.select == "oracle" for one in self.trainer.callbacks):
-            check_oracle(self.trainer, self.datamodule, endless=True)
-        # Only now that nothing more can be wrong.
-        open_folder(self.journal, self.settings.run.if_exists, self.settings.ckpt_path)
-        self.model.start_folder = self.folder
-        self.loaded = time.perf_counter()
+        """Refuse what cannot run, before anything is written."""
+        self._session.begin(self.trainer, self.model, self.datamodule, self.settings.trainer)
 
     def after_fit(self) -> None:
         """Keep what was learned, score the views, write `results.json`, print the table."""
-        adapted = time.perf_counter()
-        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, Preemption):
-                callback.settle(self.trainer)
-        if (table := self.model.coefficients.table()) and self.trainer.is_global_zero:
-            save_coefficients(self.folder / "coefficients.json", table)
-        evaluation = evaluate(self.trainer, self.model, self.datamodule)
-        seconds = {
-            "load": self.loaded - STARTED,
-            "adapt": adapted - self.loaded,
-            "evaluate": time.perf_counter() - adapted,
-        }
-        ledger, guard = (
-            next((one for one in self.trainer.callbacks if isinstance(one, kind)), None) for kind in (Ledger, Guard)
-        )
-        results = summary(
+        suite = self._get(self.config_init, "suite")
+        self.results = self._session.finish(
+            self.trainer,
             self.model,
-            evaluation,
             self.datamodule,
-            ledger.read(),
-            steps=self.trainer.global_step,
-            seconds=seconds,
-            guard=guard.record() if guard else None,
-            notes=self._get(self.config_init, "suite").notes,
+            notes=suite.notes,
+            trigger=suite.trigger,
+            report=self.settings.run.report,
         )
-        if trigger := self._get(self.config_init, "suite").trigger:
-            results["backdoor"] = attack_success(self.model, self.datamodule, trigger)
-        publish(results, self.folder)
-        if self.trainer.is_global_zero and self.settings.run.report:
-            from adaptive_merge.report.html import report_run  # here, because matplotlib takes a second to import
-
-            report_run(self.folder)
-        if guard and guard.stopped:
-            end = guard.record()["stopped"]
-            raise RunStopped(
-                f"the merge collapsed, and the run was stopped at step {end['step']} ({end['reason']}); what it "
-                f"learned up to step {end['restored_step']} is kept and scored. Lower --model.lr, or bound the "
-                "coefficients"
-            )
 
     def after_validate(self) -> None:
         """Print the accuracies of the view that was validated."""
@@ -342,17 +262,3 @@ def _bounded(text: str) -> Any:
     content = _LOAD(text)
     check_nesting(content, "a setting")
     return content
-
-
-def _quiet() -> None:
-    """Lightning's hints that do not apply here: loaders are deliberate, and tips are not for logs."""
-    for message in (
-        ".*does not have many workers.*",
-        ".*LightningCLI's args parameter.*",
-        ".*isinstance.treespec.*",
-        ".*you have set.*max_epochs.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*sync_dist=True.*",  # metrics are of the whole batch already: the engine averages what it logs
-    ):
-        warnings.filterwarnings("ignore", message)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

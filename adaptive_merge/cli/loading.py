@@ -17,7 +17,7 @@ from adaptive_merge.engine.module import AdaptiveMerge
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.runs.checkpoint import read_checkpoint
 
-__all__ = ["SOURCES", "load_run", "load_run_and_data"]
+__all__ = ["SOURCES", "load_checkpoint", "load_run", "load_run_and_data"]
 
 SOURCES = (
     "a run folder (the adapted merge), or configurations as for --config: files or names of recipes, of which later "
@@ -47,22 +47,45 @@ def load_run_and_data(*sources: str) -> tuple[AdaptiveMerge, TaskStream]:
         return _build(layers, " ".join(sources))
     if len(sources) > 1:
         raise InputError(f"{folder} is a run folder, which stands alone; leave out {' '.join(sources[1:])}")
+    if not (folder / "config.yaml").is_file() and (folder / "checkpoints" / "last.ckpt").is_file():
+        raise MissingFileError(
+            f"{folder} has no config.yaml, as runs of am.fit(module, ...): only the code that made its module knows "
+            f"its parts. Make the module in the same way, then am.load_checkpoint(module, {str(folder)!r})"
+        )
     if not (folder / "config.yaml").is_file():
         raise MissingFileError(f"{folder / 'config.yaml'}: there is no such file; give a run folder or a configuration")
     (layer,) = read_layers([str(folder / "config.yaml")])
     # Of a run only what its module is made of: its loggers and callbacks need not be installed here.
     settings = {key: value for key, value in _settings(layer).items() if key in _PARTS}
     module, stream = _build([settings], layer.name)
-    if module.start is not None:
-        module.go_on_from(load_begun(folder / FILE, module.experts))
+    return load_checkpoint(module, folder), stream
+
+
+def load_checkpoint(module: AdaptiveMerge, folder: str | Path) -> AdaptiveMerge:
+    """Bring what a run learned into a module of the same parts, in place, and return it; it predicts at once.
+
+    Args:
+        module: made as that of the run was, and not fitted yet.
+        folder: of the run: its `checkpoints/last.ckpt` is read, and the solution of its start, where it has one.
+
+    Raises:
+        MissingFileError: no checkpoint is there.
+        InputError: damaged, or of a module of other parts; the first that differs is named.
+    """
+    folder = Path(folder)
     path = folder / "checkpoints" / "last.ckpt"
     checkpoint = read_checkpoint(path)
+    if module.start is not None and module.begun is None:
+        module.go_on_from(load_begun(folder / FILE, module.experts))
     module.on_load_checkpoint(checkpoint)
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise InputError(f"{path}: does not fit the run's config.yaml ({error}); restore both files") from error
-    return module, stream
+        raise InputError(
+            f"{path}: does not fit the module, or the run's config.yaml that it was made of ({error}); restore both "
+            "files, or make the module as the run's was"
+        ) from error
+    return module
 
 
 def _build(layers: Sequence[dict[str, Any]], name: str) -> tuple[AdaptiveMerge, TaskStream]:

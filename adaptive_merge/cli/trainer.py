@@ -54,11 +54,11 @@ def check_trainer(trainer: Namespace) -> None:
     """InputError for the first setting that cannot work here.
 
     Args:
-        trainer: as parsed.
+        trainer: as parsed; what a script leaves out is Lightning's default.
     """
     for name, (is_wrong, remedy) in _REFUSED.items():
         value = trainer.get(name)
-        if is_wrong(value):
+        if name in trainer and is_wrong(value):
             raise InputError(f"--trainer.{name} {value}: {remedy}")
 
 

@@ -175,6 +175,8 @@ def _problem(
         _sum_over_processes if trainer.world_size > 1 else lambda tensor: tensor,
         progress,
         store,
+        trainer.global_rank,
+        trainer.world_size,
     )
 
 

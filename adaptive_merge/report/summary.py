@@ -42,7 +42,7 @@ def cards(run: Run) -> list[Card]:
         Card("gap closed", f"{100 * closed:.0f} %" if closed is not None else "–", "merge to experts, mean"),
         Card("steps", f"{results.get('steps', 0):,}", f"in {duration(seconds.get('adapt', 0))}"),
         Card(
-            "numbers learned",
+            "trainable parameters",
             f"{results.get('trainable_parameters', 0):,}",
             f"recipe {printable(results['recipe'], 18)}",
         ),

@@ -211,7 +211,7 @@ def publish(results: dict[str, Any], folder: Path) -> None:
     console.print(
         f"{footing(results)}\n"
         f"{results['steps']} steps in {seconds['adapt']:.0f} s, scored in {seconds['evaluate']:.0f} s; "
-        f"{results['trainable_parameters']:,} numbers learned; the run is in {folder}",
+        f"{results['trainable_parameters']:,} trainable parameters; the run is in {folder}",
         soft_wrap=True,
         markup=False,
         highlight=False,

@@ -50,6 +50,7 @@ class Problem:
         reduce: sums a tensor over all processes.
         progress: is told (blocks done, blocks in all).
         store: keeps what is solved after each block; on all processes or on none.
+        rank, world: number of this process and of all; of a task's images it has every `world`-th, from `rank` on.
     """
 
     backbone: nn.Module
@@ -60,6 +61,8 @@ class Problem:
     reduce: Callable[[Tensor], Tensor] = _alone
     progress: Callable[[int, int], None] | None = None
     store: Store | None = None
+    rank: int = 0
+    world: int = 1
 
     def __post_init__(self) -> None:
         if self.anchor.shape != (self.experts.layout.numel,):
@@ -177,7 +180,7 @@ class Solution:
 
 
 class Start(ABC):
-    """Merges in closed form. Constructor arguments are primitives; they are its settings."""
+    """Merges before the first step, mostly in closed form. Arguments are primitives; they are its settings."""
 
     @abstractmethod
     def solve(self, problem: Problem) -> Solution:

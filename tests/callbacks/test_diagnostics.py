@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from report.sample_runs import write_run
 from safetensors.torch import load_file
 
 import adaptive_merge as am
@@ -18,8 +19,8 @@ from adaptive_merge.files import save_tensors
 from adaptive_merge.report.html import write_report
 from adaptive_merge.runs.interference import alignment
 from adaptive_merge.runs.reading import read_run, read_tensors
-from tests.engine.test_begin import QUIET
-from tests.report.sample_runs import write_run
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 @pytest.fixture

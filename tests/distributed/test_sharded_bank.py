@@ -26,6 +26,7 @@ RECIPES = {
     "tinting++, a block": (am.TintingPP, {"layer": "blocks.1.1.weight"}, {}),
     "a mask, joint": (am.AdaptiveMerge, {"coefficients": ConcreteMask, "accumulate": "joint", "lr": 0.01}, {}),
     "a mask, per task": (am.AdaptiveMerge, {"coefficients": ConcreteMask, "accumulate": "per_task", "lr": 0.01}, {}),
+    "a spectral mask": (am.AdaptiveMerge, {"coefficients": partial(am.Spectral, keep=0.5, margin=0.02)}, {}),
     "a line, per task": (am.AdaptiveMerge, {"coefficients": am.DepthWise, "accumulate": "per_task"}, {}),
     "a concrete mask in turns": (
         am.AdaptiveMerge,

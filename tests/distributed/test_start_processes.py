@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from open_clip.transformer import VisionTransformer
 from processes import guarded, launch, parts, texts
 
 import adaptive_merge as am
@@ -38,7 +39,23 @@ def run(rank, world, folder, last=None):
     trainer = guarded(folder, world, [Blocks(last)], max_steps=5, limit_val_batches=0)
     trainer.fit(module, datamodule=am.TaskStream(images, 8, start_images=13))
     values = {"weights": module.begun.weights, "coefficients": module.coefficients().detach()}
+    values["distilled"] = distilled(world, folder, heads, images)
     torch.save({"values": values, "images": module.begun.record["images"], "solved": solved}, folder / f"{rank}.pt")
+
+
+def distilled(world, folder, heads, images):
+    """What ProDistill makes of a small transformer, in the same processes; one of them has more images."""
+    torch.manual_seed(0)
+    tower = VisionTransformer(4, 2, 16, 2, 2, 2.0, output_dim=6)
+    tower.image_mean, tower.image_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    state = tower.state_dict()
+    experts = {task: {name: value + 0.1 * torch.randn_like(value) for name, value in state.items()} for task in images}
+    bank = am.TaskVectors.from_state_dicts(state, experts)
+    start = am.ProDistill(epochs=2, batch_size=8)
+    module = am.AdaptiveMerge(bank, tower, heads, coefficients=am.Fixed(0.3), start=start)
+    trainer = guarded(folder / f"distilled{world}", world, [], max_steps=0, limit_val_batches=0)
+    trainer.fit(module, datamodule=am.TaskStream(images, 8, start_images=13))
+    return module.begun.weights
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +78,11 @@ def test_processes_solve_and_learn_what_one_does(results):
         assert (result["values"]["weights"] - alone["weights"]).abs().max() / scale <= 1e-5
         torch.testing.assert_close(result["values"]["coefficients"], alone["coefficients"], atol=1e-4, rtol=0)
     assert set(results[2][0]["images"].values()) == {13}
+
+
+def test_a_learned_start_is_the_one_process_s_to_the_bit(results):
+    alone = results[1][0]["values"]["distilled"]
+    assert all(torch.equal(result["values"]["distilled"], alone) for result in results[2])
 
 
 def test_processes_hold_the_same_bits(results):

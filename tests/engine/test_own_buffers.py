@@ -102,7 +102,9 @@ def test_models_are_scored_as_torchvision_scores_them(models, bank, heads, image
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"unseen": ["noisy"]}, {"transforms": [am.Ties()]}, {"bank": "streamed"}], ids=str
+    "options",
+    [{}, {"unseen": ["noisy"]}, {"transforms": [am.Ties()]}, {"bank": "streamed"}],
+    ids=["plain", "unseen", "transformed", "streamed"],
 )
 def test_teachers_and_views_give_torchvisions_logits(models, bank, heads, images, said, options):
     module = am.AdaMerging(bank, tower(), heads, **options)

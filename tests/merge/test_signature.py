@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
+from conftest import TASKS, perturbed, write_manifest
 from safetensors.torch import load_file, save_file
 
 import adaptive_merge as am
 from adaptive_merge.merge.signature import locked_experts, warn_of_locks
 from adaptive_merge.suites.embedded_tower import build_encoder
-from tests.conftest import TASKS, perturbed, write_manifest
 
 HEADS = 4
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import adaptive_merge as am
 from adaptive_merge.engine.perturb import check_share
 from adaptive_merge.runs.checkpoint_io import AtomicCheckpointIO
-from tests.engine.test_begin import QUIET
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 STEPS = 4
 
@@ -141,3 +142,29 @@ def test_owners_of_tasks_are_refused():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(am.InputError, match="Adversarial needs"):
         am.Adversarial(**settings)
+
+
+@pytest.mark.parametrize("accumulate", ["joint", "per_task"])
+def test_a_concrete_mask_takes_its_turns_under_perturbations(toy, bank, heads, images, accumulate):
+    """DAM as published: one draw of the mask a step, however often the merge is asked about the images."""
+
+    def learned(weight, objective=None):
+        rule = am.ConcreteMask("layer", mask_steps=2)
+        module = am.AdaptiveMerge(
+            bank,
+            toy,
+            heads,
+            coefficients=rule,
+            objective=objective or am.Adversarial(weight=weight, lr=0.03),
+            lr=1e-3,
+            accumulate=accumulate,
+        )
+        torch.manual_seed(0)
+        trainer = pl.Trainer(max_steps=6, accelerator="cpu", num_sanity_val_steps=0, **QUIET)
+        trainer.fit(module, datamodule=am.TaskStream(images, 8))
+        return module.coefficients
+
+    plain, none, perturbed = learned(0.0, am.Entropy()), learned(0.0), learned(0.5)
+    assert int(plain.steps) == int(none.steps) == int(perturbed.steps) == 6
+    assert torch.equal(plain.logits, none.logits) and torch.equal(plain.linear.values, none.linear.values)
+    assert not torch.equal(plain.logits, perturbed.logits)
