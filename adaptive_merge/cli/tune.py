@@ -56,7 +56,7 @@ def tune(arguments: list[str]) -> None:
     folder, trials = plan(grid, rest)
     candidates = [_candidate(trial, f"{number}/{len(trials)}") for number, trial in enumerate(trials, 1)]
     ranked = rank(candidates, options.by)
-    save_json(folder / "tune.json", scrub(_record(ranked, options.by, grid, folder)))
+    save_json(folder / "tune.json", scrub(_record(ranked, options.by, grid)))
     Console().print(table(ranked, options.by))
     write(conclusion(ranked, options.by))
     best = next(trial for trial in trials if trial.folder == ranked[0].folder)
@@ -157,7 +157,7 @@ def _last_words(log: Path) -> str:
     return text.rpartition("adaptive-merge: ")[2] if "adaptive-merge: " in text else text.rpartition("\n")[2]
 
 
-def _record(ranked: Sequence[Candidate], by: str, grid: Grid, folder: Path) -> dict[str, Any]:
+def _record(ranked: Sequence[Candidate], by: str, grid: Grid) -> dict[str, Any]:
     """The content of `tune.json`, best run first; without accuracies, unless they were asked for."""
     runs = [
         {

@@ -35,8 +35,8 @@ def check_batch(batch: Any, tasks: Collection[str], idle: bool = False) -> None:
             raise InputError(f"{_FORM}; there is no task {task!r}{did_you_mean(str(task), tasks)}")
         image = part.get("image") if isinstance(part, Mapping) else None
         if not isinstance(image, Tensor):
-            found = sorted(map(str, part)) if isinstance(part, Mapping) else f"a {type(part).__name__}"
-            raise InputError(f"{_FORM}; that of task {task!r} is {found}")
+            content = sorted(map(str, part)) if isinstance(part, Mapping) else f"a {type(part).__name__}"
+            raise InputError(f"{_FORM}; that of task {task!r} is {content}")
         _check_image(task, image, part.get("index"))
 
 

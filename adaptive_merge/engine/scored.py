@@ -92,11 +92,11 @@ class ScoredModule(pl.LightningModule):
         shown = [task for task in named if self._source(task) is not None] or list(named)
         counts = {task: self._counted(task, named[task]) for task in shown}
         counted = {task: values for task, values in counts.items() if self.measure in values}
-        found = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
+        metrics = {f"{task}/{name}": value for task, values in counted.items() for name, value in values.items()}
         for name, tasks in {self.measure: self.tasks, f"{self.measure}_unseen": self.unseen}.items():
-            means = [found[f"{task}/{self.measure}"] for task in tasks if task in counted]
-            found |= {name: torch.stack(means).mean()} if means else {}
-        for key, value in found.items():
+            means = [metrics[f"{task}/{self.measure}"] for task in tasks if task in counted]
+            metrics |= {name: torch.stack(means).mean()} if means else {}
+        for key, value in metrics.items():
             # Loggers get what views are compared by; the rest is for `results.json`.
             self.log(f"{self.view}/{key}", value, logger=None if self.measure in key.rsplit("/")[-1] else False)
         for score in self.scores:
@@ -123,8 +123,8 @@ class ScoredModule(pl.LightningModule):
         task = batch["task"]
         logits = self.model(task, batch["image"], self.views.weights("adapted", task)).logits
         confidence = logits.float().softmax(-1).amax(-1)
-        found = {"task": task, "predicted": self.model.heads[task].predict(logits), "confidence": confidence}
-        return found | ({"index": batch["index"]} if "index" in batch else {})
+        output = {"task": task, "predicted": self.model.heads[task].predict(logits), "confidence": confidence}
+        return output | ({"index": batch["index"]} if "index" in batch else {})
 
     @contextmanager
     def viewing(self, view: View) -> Iterator[Self]:

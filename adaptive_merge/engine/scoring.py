@@ -58,14 +58,14 @@ class TaskScore(Metric):
     def update(self, ours: Prediction, labels: Tensor | None, expert: Prediction | None = None) -> None:
         """Add a batch: logits [U, C] against labels [U], and against what the expert says about the same images."""
         predicted = self._predict(ours.logits)
-        counts = [undefined(said.logits).sum() for said in (ours, expert or ours)]
+        counts = [undefined(prediction.logits).sum() for prediction in (ours, expert or ours)]
         self.undefined = self.undefined + torch.stack(counts)
         if labels is not None:
             self._count(ours, predicted, labels.flatten())
         if expert is not None and len(predicted):
             agreed = (predicted == self._predict(expert.logits)).float().mean()
-            found = [agreed, jensen_shannon(ours.logits, expert.logits).mean(), normalised_entropy(ours.logits)]
-            self.compared = self.compared + len(predicted) * torch.stack([torch.ones_like(agreed), *found])
+            compared = [agreed, jensen_shannon(ours.logits, expert.logits).mean(), normalised_entropy(ours.logits)]
+            self.compared = self.compared + len(predicted) * torch.stack([torch.ones_like(agreed), *compared])
 
     def _count(self, ours: Prediction, predicted: Tensor, labels: Tensor) -> None:
         if len(predicted) != len(labels):
@@ -106,17 +106,17 @@ class TaskScore(Metric):
                 "other weights or coefficients"
             )
         units, correct, confidence = self.bins
-        found = {}
+        metrics = {}
         if units.sum():
-            found = {"accuracy": self.metric.compute(), "ece": (correct - confidence).abs().sum() / units.sum()}
+            metrics = {"accuracy": self.metric.compute(), "ece": (correct - confidence).abs().sum() / units.sum()}
         if self.routed[0]:
             images, here, *scores = self.routed
-            found |= {"known": found["accuracy"], "unknown": self.sent.compute(), "routing": here / images}
-            found |= {f"gate {row}": score / images for row, score in enumerate(scores)}
-            found |= {"accuracy": found["unknown"]} if self._unknown else {}
+            metrics |= {"known": metrics["accuracy"], "unknown": self.sent.compute(), "routing": here / images}
+            metrics |= {f"gate {row}": score / images for row, score in enumerate(scores)}
+            metrics |= {"accuracy": metrics["unknown"]} if self._unknown else {}
         if self.compared[0]:
-            found |= dict(zip(CRITERIA, self.compared[1:] / self.compared[0]))
-        return found
+            metrics |= dict(zip(CRITERIA, self.compared[1:] / self.compared[0]))
+        return metrics
 
     def reset(self) -> None:
         """Start the next count."""

@@ -89,15 +89,15 @@ class FrozenViews:
         """
 
         def outputs(images: Tensor) -> Tensor:
-            said = self.model(task, images, self._expert_weights(task), adapted=False, blocks=blocks)
-            return torch.cat([said.features, *said.blocks], 1)
+            prediction = self.model(task, images, self._expert_weights(task), adapted=False, blocks=blocks)
+            return torch.cat([prediction.features, *prediction.blocks], 1)
 
         identity = {"expert": self.experts.identity(task)}
         rows = self._cached(task, "expert-blocks" if blocks else "expert", identity, part, source, outputs)
         width = self.model.heads[task].width
         means = rows[:, width:].split(self.model.backbone.block_width(), 1) if blocks else ()
-        said = self.model(task, None, features=rows[:, :width], adapted=False)
-        return Prediction(said.features, said.logits, tuple(means))
+        prediction = self.model(task, None, features=rows[:, :width], adapted=False)
+        return Prediction(prediction.features, prediction.logits, tuple(means))
 
     def _cached(
         self,

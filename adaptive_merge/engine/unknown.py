@@ -77,8 +77,8 @@ def predict(model: AdaptedModel, images: Tensor, task: str | None, recipe: str) 
     for row in set(chosen):
         places = [place for place, own in enumerate(chosen) if own == row]
         one = model.tasks[row]
-        said = model.heads[one].predict(model(one, None, features=features[places]).logits)
-        for place, units in zip(places, _units(said, len(places)), strict=True):
+        predictions = model.heads[one].predict(model(one, None, features=features[places]).logits)
+        for place, units in zip(places, _units(predictions, len(places)), strict=True):
             classes[place] = units
     return [model.tasks[row] for row in chosen], classes
 

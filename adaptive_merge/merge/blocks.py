@@ -29,14 +29,14 @@ def repeated(names: Sequence[str], dimensions: Sequence[int] | None = None) -> t
         names: of the parameters.
         dimensions: of each. Where they are known, blocks have at least two matrices, if any have.
     """
-    found = numbered(names)
+    stacks = numbered(names)
     matrices = {name for name, rank in zip(names, dimensions or ()) if rank > 1}
-    with_parts = {pattern: _real(blocks, matrices, 0) for pattern, blocks in found.items()}
-    with_matrices = {pattern: _real(blocks, matrices, 2) for pattern, blocks in found.items()}
+    with_parts = {pattern: _real(blocks, matrices, 0) for pattern, blocks in stacks.items()}
+    with_matrices = {pattern: _real(blocks, matrices, 2) for pattern, blocks in stacks.items()}
     for real in (with_matrices, with_parts):
         if several := {pattern: blocks for pattern, blocks in real.items() if len(blocks) > 1}:
             return _members(names, several[_innermost(several)])
-    return _members(names, _stack(found) or max(with_parts.values(), key=_tensors, default={}))
+    return _members(names, _stack(stacks) or max(with_parts.values(), key=_tensors, default={}))
 
 
 def blocks_by(names: Sequence[str], pattern: str) -> tuple[str | None, ...]:
@@ -46,12 +46,12 @@ def blocks_by(names: Sequence[str], pattern: str) -> tuple[str | None, ...]:
         InputError: no parameter lies in such a block.
     """
     number = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"(?=\.|$)")
-    found = tuple(match[0] if (match := number.match(name)) else None for name in names)
-    if not any(found):
+    members = tuple(match[0] if (match := number.match(name)) else None for name in names)
+    if not any(members):
         raise InputError(
             f"`blocks` {pattern!r}: no parameter lies in such a block, * standing for numbers; {known(names)}"
         )
-    return found
+    return members
 
 
 def known(names: Sequence[str]) -> str:
@@ -68,14 +68,14 @@ def in_depth(blocks: Iterable[str | None]) -> tuple[str, ...]:
 
 def numbered(names: Sequence[str]) -> dict[str, dict[str, frozenset[str]]]:
     """Pattern with # for numbers (`layer#.#`) → what has such a name → the names inside it; outer patterns first."""
-    found: dict[str, dict[str, set[str]]] = {}
+    stacks: dict[str, dict[str, set[str]]] = {}
     for name in names:
         parts = name.split(".")
         for end in (place for place, part in enumerate(parts, 1) if part[-1:].isdigit()):
             block = ".".join(parts[:end])
-            members = found.setdefault(re.sub(r"\d+", "#", block), {})
+            members = stacks.setdefault(re.sub(r"\d+", "#", block), {})
             members.setdefault(block, set()).add(".".join(parts[end:]))
-    return {pattern: {block: frozenset(inner) for block, inner in blocks.items()} for pattern, blocks in found.items()}
+    return {pattern: {block: frozenset(inner) for block, inner in blocks.items()} for pattern, blocks in stacks.items()}
 
 
 def _tensors(blocks: Names) -> int:
@@ -102,9 +102,9 @@ def _innermost(real: Mapping[str, Names]) -> str:
     return best
 
 
-def _stack(found: Mapping[str, Names]) -> Names:
+def _stack(by_pattern: Mapping[str, Names]) -> Names:
     """Single layers, where few others have a number."""
-    stacks = sorted((blocks for blocks in found.values() if len(blocks) > 1), key=_tensors, reverse=True)
+    stacks = sorted((blocks for blocks in by_pattern.values() if len(blocks) > 1), key=_tensors, reverse=True)
     clear = stacks and (len(stacks) == 1 or _tensors(stacks[0]) >= 2 * _tensors(stacks[1]))
     return stacks[0] if clear else {}
 

@@ -59,8 +59,8 @@ def locked_experts(bank: TaskVectors) -> list[Locked]:
             cuts = 3 if name.endswith("in_proj_weight") and shape[0] % 3 == 0 else 1
             base, vectors = bank.pretrained[part].view(cuts, -1), bank.vectors[:, part].view(len(bank.tasks), cuts, -1)
             rows[block].append((name, "attn" in name or "attention" in name, *_compare(base, vectors.float())))
-    found = [_worst(task, row, parts) for row, task in enumerate(bank.tasks) for parts in rows.values()]
-    worst = {one.task: one for one in sorted(filter(None, found), key=lambda one: one.ratio)}
+    deviations = [_worst(task, row, parts) for row, task in enumerate(bank.tasks) for parts in rows.values()]
+    worst = {one.task: one for one in sorted(filter(None, deviations), key=lambda one: one.ratio)}
     return [worst[task] for task in bank.tasks if task in worst]
 
 

@@ -30,12 +30,12 @@ class Breadcrumbs(Transform):
         self.density, self.outliers = density, outliers
 
     def __call__(self, bank: TaskVectors) -> TaskVectors:
-        found = bank.vectors.clone()
+        result = bank.vectors.clone()
         for part, shape in zip(bank.layout.slices, bank.layout.shapes):
             # A number without dimensions, such as a temperature, is left as it is.
-            for row in found[:, part] if shape else ():
+            for row in result[:, part] if shape else ():
                 row.copy_(breadcrumbs(row.view(shape), self.density, self.outliers).flatten())
-        return bank.with_vectors(found)
+        return bank.with_vectors(result)
 
 
 def breadcrumbs(tensor: Tensor, density: float, outliers: float) -> Tensor:

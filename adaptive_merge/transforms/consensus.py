@@ -35,13 +35,13 @@ class Consensus(Transform):
         self.transform, self.threshold, self.agree = transform, threshold, agree
 
     def __call__(self, bank: TaskVectors) -> TaskVectors:
-        found = apply_inner(self.transform, bank).vectors
+        result = apply_inner(self.transform, bank).vectors
         # Tensor by tensor only to keep the memory low: the masks know nothing but entries.
         for part in bank.layout.slices:
-            merged = found[:, part].double().sum(0)
+            merged = result[:, part].double().sum(0)
             masks = tall_masks(bank.vectors[:, part].double(), merged, self.threshold)
-            found[:, part] *= masks.sum(0) >= self.agree
-        return bank.with_vectors(found)
+            result[:, part] *= masks.sum(0) >= self.agree
+        return bank.with_vectors(result)
 
 
 def tall_masks(vectors: Tensor, merged: Tensor, threshold: float | list[float] = 0.4) -> Tensor:

@@ -29,11 +29,11 @@ class DARE(Transform):
         self.drop, self.seed = drop, seed
 
     def __call__(self, bank: TaskVectors) -> TaskVectors:
-        found = torch.empty_like(bank.vectors)
-        for task, row, vector in zip(bank.tasks, found, bank.vectors):
+        result = torch.empty_like(bank.vectors)
+        for task, row, vector in zip(bank.tasks, result, bank.vectors):
             digest = hashlib.sha256(f"{self.seed}:{task}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             for part in bank.layout.slices:
                 kept = torch.rand(part.stop - part.start, generator=generator) >= self.drop
                 row[part] = vector[part] * kept.to(vector.device) / (1 - self.drop)
-        return bank.with_vectors(found)
+        return bank.with_vectors(result)

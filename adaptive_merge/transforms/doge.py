@@ -52,7 +52,7 @@ class DOGE(Transform):
 
     @torch.no_grad()
     def __call__(self, bank: TaskVectors) -> TaskVectors:
-        found = torch.zeros_like(bank.vectors)
+        result = torch.zeros_like(bank.vectors)
         chosen = [piece for piece in pieces(bank.layout, self.qkv, blocks_only=True) if piece.matrix]
         thresholds = magnitude_thresholds(bank.vectors, chosen, self.keep)
         for piece in chosen:
@@ -61,16 +61,16 @@ class DOGE(Transform):
             weights = scales(matrices, self.scale)
             moved = matrices + descend(matrices, weights, self.subspace, self.steps, self.lr)
             kept = (columns.abs() >= thresholds[:, None]).view_as(moved)
-            found[:, piece.part] = (weights[:, None, None] * moved * kept).flatten(1).to(found.dtype)
-        return bank.with_vectors(found)
+            result[:, piece.part] = (weights[:, None, None] * moved * kept).flatten(1).to(result.dtype)
+        return bank.with_vectors(result)
 
 
 def magnitude_thresholds(vectors: Tensor, chosen: list[Piece], keep: float) -> Tensor:
     """The magnitude [T] from which on an entry is among the largest share `keep` of the chosen ones of its task."""
     total = sum(piece.part.stop - piece.part.start for piece in chosen)
     rank = max(total - int(total * keep), 1)
-    found = [torch.cat([vector[piece.part] for piece in chosen]).abs().kthvalue(rank).values for vector in vectors]
-    return torch.stack(found)
+    thresholds = [torch.cat([vector[piece.part] for piece in chosen]).abs().kthvalue(rank).values for vector in vectors]
+    return torch.stack(thresholds)
 
 
 def scales(matrices: Tensor, scale: float) -> Tensor:

@@ -89,7 +89,7 @@ def _triplets(matrices: Tensor, k: int, specific: int) -> list[tuple[Tensor, Ten
     """Left vectors, values and right vectors: the common ones first, then those of each task."""
     u, s, vt = svd(matrices.sum(0, dtype=torch.float64))
     u = u[:, :k]
-    found = [(u, s[:k], vt[:k].T)]
+    bases = [(u, s[:k], vt[:k].T)]
     for matrix in matrices:
-        found.append(leading(matrix - u @ (u.T @ matrix.double()), specific))
-    return found
+        bases.append(leading(matrix - u @ (u.T @ matrix.double()), specific))
+    return bases

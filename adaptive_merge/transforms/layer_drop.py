@@ -35,12 +35,12 @@ class LayerDrop(Transform):
         self.share, self.by = share, by
 
     def __call__(self, bank: TaskVectors) -> TaskVectors:
-        found = bank.vectors.clone()
+        result = bank.vectors.clone()
         count = int(self.share * len(bank.names))
-        for row, least in zip(found, salience(bank, self.by).argsort(dim=1, stable=True)[:, :count].tolist()):
+        for row, least in zip(result, salience(bank, self.by).argsort(dim=1, stable=True)[:, :count].tolist()):
             for index in least:
                 row[bank.layout.slices[index]] = 0
-        return bank.with_vectors(found)
+        return bank.with_vectors(result)
 
 
 def salience(bank: TaskVectors, by: str = "norm") -> Tensor:
@@ -50,10 +50,10 @@ def salience(bank: TaskVectors, by: str = "norm") -> Tensor:
         vectors = bank.vectors[:, part].double()
         length = vectors.norm(dim=1)
         if by == "norm":
-            found = length / bank.pretrained[part].double().norm()
+            score = length / bank.pretrained[part].double().norm()
         else:
             mean = vectors.mean(0)
             product = length * mean.norm()
-            found = 1 - torch.where(product > 0, vectors @ mean / product, 0.0)
-        columns.append(torch.where(length > 0, found, -1.0))
+            score = 1 - torch.where(product > 0, vectors @ mean / product, 0.0)
+        columns.append(torch.where(length > 0, score, -1.0))
     return torch.stack(columns, 1)

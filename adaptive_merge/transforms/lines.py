@@ -57,8 +57,8 @@ def depth(layout: Layout) -> list[float]:
 
 def _same_length(bank: TaskVectors, made: TaskVectors) -> float:
     """The factor that gives the merged vectors the length (sum of magnitudes) of the mean task vector."""
-    wanted, found = _merged_length(bank), _merged_length(made)
-    return wanted / found / len(bank.tasks) if found > 0 else 0.0
+    before, after = _merged_length(bank), _merged_length(made)
+    return before / after / len(bank.tasks) if after > 0 else 0.0
 
 
 def _merged_length(bank: TaskVectors) -> float:

@@ -99,14 +99,14 @@ def by_matrix(
         other: [T, …] → [T, …], for everything else.
         qkv, blocks_only: see `pieces`.
     """
-    found = torch.zeros_like(bank.vectors)
+    result = torch.zeros_like(bank.vectors)
     for piece in pieces(bank.layout, qkv, blocks_only):
         columns = bank.vectors[:, piece.part]
         if columns.any():
             tensors = columns.view(-1, *piece.shape)
             rule = matrix if piece.matrix else other
-            found[:, piece.part].view_as(tensors).copy_(rule(tensors))
-    return bank.with_vectors(found)
+            result[:, piece.part].view_as(tensors).copy_(rule(tensors))
+    return bank.with_vectors(result)
 
 
 def stacked(like: Tensor, rows: Iterable[Tensor]) -> Tensor:

@@ -41,11 +41,11 @@ def star(matrices: Tensor, eta: float) -> Tensor:
 
     R is one more than the number of leading values that sum to less than eta percent of all; zero stays zero.
     """
-    found = torch.zeros_like(matrices, dtype=torch.float64)
-    for row, matrix in zip(found, matrices):
+    result = torch.zeros_like(matrices, dtype=torch.float64)
+    for row, matrix in zip(result, matrices):
         u, s, vt = svd(matrix)
         partial_sums = s.cumsum(0)
         if partial_sums[-1] > 0:
             kept = min(int((partial_sums < partial_sums[-1] * (eta / 100)).sum()) + 1, len(s))
             row.copy_((u[:, :kept] * (s[:kept] * (partial_sums[-1] / partial_sums[kept - 1]))) @ vt[:kept])
-    return found
+    return result

@@ -58,16 +58,16 @@ class SVC(Transform):
 
     @torch.no_grad()
     def __call__(self, bank: TaskVectors) -> TaskVectors:
-        found = apply_inner(self.transform, bank).vectors
+        result = apply_inner(self.transform, bank).vectors
         for piece in pieces(bank.layout, self.qkv):
-            parts = self.scale * found[:, piece.part].double().view(-1, *piece.shape)
+            parts = self.scale * result[:, piece.part].double().view(-1, *piece.shape)
             experts = bank.vectors[:, piece.part].double().view_as(parts)
             if piece.matrix and parts.any():
                 parts = svc(parts, experts, self.a)
             elif not piece.matrix and self.other == "mean":
                 parts = average(experts)
-            found[:, piece.part] = parts.reshape(len(found), -1).to(found.dtype)
-        return bank.with_vectors(found)
+            result[:, piece.part] = parts.reshape(len(result), -1).to(result.dtype)
+        return bank.with_vectors(result)
 
 
 def svc(parts: Tensor, experts: Tensor, a: float) -> Tensor:
