@@ -299,7 +299,7 @@ ARRAYS = {
     "floats": {"test_images": np.zeros((3, 32, 32)), "test_labels": np.zeros(3, int)},
     "texts as labels": {"test_images": np.zeros((3, 32, 32), np.uint8), "test_labels": np.array(["a", "b", "c"])},
     "complex labels": {"test_images": np.zeros((3, 32, 32), np.uint8), "test_labels": np.zeros(3, complex)},
-    "no labels": {"test_images": np.zeros((3, 32, 32), np.uint8)},
+    "no images": {"test_labels": np.zeros(3, int)},
     "small": {"test_images": np.zeros((3, 16, 16), np.uint8), "test_labels": np.zeros(3, int)},
     "four channels": {"test_images": np.zeros((3, 32, 32, 4), np.uint8), "test_labels": np.zeros(3, int)},
     "no dimension": {"test_images": np.zeros((), np.uint8), "test_labels": np.zeros(3, int)},
@@ -356,7 +356,7 @@ def test_damaged_files_of_a_run_are_named_or_left_out(run, capsys):
         whole = (run / name).read_bytes()
         for content in (b"", b"\xff\xfe\x00" * 30, whole[: len(whole) // 2], DEEP):
             (run / name).write_bytes(content)
-            commands = [["inspect", str(run)], ["choose", str(run)], ["merge", str(run)]]
+            commands = [["inspect", str(run)], ["choose", str(run)], ["merge", str(run), "--force"]]
             for arguments in [*commands, *([["report", str(run), "--no-tsne"]] if content == DEEP else [])]:
                 capsys.readouterr()
                 code = main(arguments)
@@ -432,7 +432,7 @@ def test_a_container_user_without_a_home(work, monkeypatch, capsys):
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     assert main(["doctor"]) == 0
     assert main(["merge", "quick.yaml"]) == 0
-    assert "~/x" in refusal(capsys, "merge", "~/x")
+    assert "~/x" in refusal(capsys, "merge", "~/x", "--force")
 
 
 @pytest.mark.parametrize("recipe", ["[/red]", "[bold]x", "\x1b[31mred", "%s {0}"])
