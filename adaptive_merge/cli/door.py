@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import site
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -81,10 +80,11 @@ def _package(file: str) -> str | None:
     path = Path(file).resolve()
     if path.is_relative_to(Path(__file__).resolve().parent.parent):
         return _OURS
-    for folder in {*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        if path.is_relative_to(folder):
-            name = path.relative_to(folder).parts[0].removesuffix(".py")
-            return None if name in _TRANSPARENT else name
+    # By name and not by this interpreter's own folders: packages may lie in a user's, or in another environment's.
+    homes = [place for place, part in enumerate(path.parts[:-1]) if part in ("site-packages", "dist-packages")]
+    if homes:
+        name = path.parts[homes[-1] + 1].removesuffix(".py")
+        return None if name in _TRANSPARENT else name
     if file.startswith("<") or path.is_relative_to(sysconfig.get_path("stdlib")):
         return None
     return str(file)

@@ -484,4 +484,5 @@ def test_data_check_looks_for_checkpoints(work, capsys):
     main(["data", "check", "clip"])
     assert "zero.pt" in capsys.readouterr().out
     (folder / "zero.pt").touch()
-    assert main(["data", "check", "clip"]) == 0
+    assert main(["data", "check", "clip"]) == 2  # both are there, and empty
+    assert "zero.pt" in capsys.readouterr().out
