@@ -123,23 +123,28 @@ def alone(what: str, file: str) -> list[str]:
     return [] if good else [f"{what}, alone: exit code {done.returncode}, {done.stderr[-300:]}"]
 
 
-def judge(counts, wrong, longest, record_property) -> None:
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def judge(counts, wrong, longest, before: int, record_property) -> None:
+    peak = peak_bytes()
     record_property("outcomes, longest s, peak MiB", str((dict(counts), round(longest, 1), peak >> 20)))
     figures = f"{sum(counts.values())} inputs: {dict(counts)}; longest {longest:.1f} s, peak {peak >> 20} MiB"
     sys.stdout.write(f"\n{figures}\n")
     assert not wrong, f"{len(wrong)} of {sum(counts.values())}:\n" + "\n".join(wrong[:40])
-    assert peak < MEMORY
+    assert peak <= max(MEMORY, before)  # tests before these, in the same process, may have reached more
     assert counts["refused"] > 0.3 * sum(counts.values())
 
 
 def test_some_mutated_files_of_each_kind(material, record_property):
-    judge(*fuzz(material, 20, 30, 2 * len(material[0])), record_property)
+    before = peak_bytes()
+    judge(*fuzz(material, 20, 30, 2 * len(material[0])), before, record_property)
 
 
 @pytest.mark.fuzz
 @pytest.mark.timeout(0)
 def test_mutated_files_for_minutes(material, request, record_property):
-    option = request.config.getoption
+    option, before = request.config.getoption, peak_bytes()
     figures = fuzz(material, option("--fuzz-seed"), 60 * option("--fuzz-minutes"), option("--fuzz-inputs"))
-    judge(*figures, record_property)
+    judge(*figures, before, record_property)
