@@ -95,6 +95,10 @@ class Rule(nn.Module, ABC):
         They exist by then on all processes, so parameters that take turns need no other DDP.
         """
 
+    def kept(self) -> Mapping[str, Mapping[str, float]] | None:
+        """Task → parameter → share of it that a mask keeps, for people and files; None: there is no such mask."""
+        return None
+
     def bound_(self) -> None:
         """Bring stored values back into their bounds; called after each optimiser step."""
 

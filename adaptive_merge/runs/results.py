@@ -138,6 +138,8 @@ def summary(
     found["average"] = _means(scores, module.tasks)
     if module.unseen:
         found["unseen"] = {"tasks": list(module.unseen), "average": _means(scores, module.unseen)}
+    if kept := module.coefficients.kept():
+        found["kept"] = kept
     # With the names a run folder is all that its predictions need.
     found["classes"] = {
         task: list(stream.images[task].classes) for task in module.scored_tasks if task in stream.images

@@ -143,6 +143,22 @@ def test_fewer_directions_are_held_where_asked(toy, bank):
     assert torch.allclose(part.double(), total, atol=1e-6)
 
 
+def test_results_say_what_the_masks_keep(toy, bank, heads, images, tmp_path):
+    module = am.AdaptiveMerge(bank, toy, heads, coefficients=am.Spectral(keep=0.5), lr=1e-4)
+    stream = am.TaskStream(images, 4)
+    results = am.fit(module, stream, tmp_path / "run", max_steps=1, report=False, enable_progress_bar=False)
+    assert results["kept"] == {task: {"blocks.0.1.weight": 0.5, "blocks.1.1.weight": 0.5} for task in TASKS}
+    plain = am.fit(
+        am.AdaMerging(bank, toy, heads),
+        stream,
+        tmp_path / "plain",
+        max_steps=1,
+        report=False,
+        enable_progress_bar=False,
+    )
+    assert "kept" not in plain
+
+
 def test_it_goes_on_from_a_start_at_zero(toy, bank):
     merged = am.MergedBackbone(toy, bank, am.Spectral(0.3))
     around = bank.around(bank.pretrained + 0.1, {})
