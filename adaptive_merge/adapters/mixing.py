@@ -20,6 +20,9 @@ from adaptive_merge.adapters.route import as_tokens
 
 __all__ = ["BUFFER", "mixed_product"]
 
+# Releases of torch before 2.7 say it of compiling and exporting together.
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 BUFFER: Final = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Entries of mixed weights that are alive at a time; one image's at least."""
 
@@ -36,7 +39,7 @@ def mixed_product(tokens: Tensor, gates: Tensor, vectors: Tensor) -> Tensor:
         [B, N, out], or [B, out].
     """
     rows = as_tokens(tokens)
-    if torch.compiler.is_exporting():  # a graph has neither loops over the batch nor backward functions
+    if _exporting():  # a graph has neither loops over the batch nor backward functions
         products = torch.einsum("bni,toi->bnto", rows, vectors)
         mixed = torch.einsum("bnto,bt->bno", products, gates)
     else:

@@ -61,10 +61,13 @@ def test_what_is_no_batch_is_told(name, toy, bank, heads):
 
 
 def test_fit_then_validate_says_what_learns_and_nothing_of_callbacks_or_epochs(
-    toy, bank, heads, images, caplog, capsys
+    toy, bank, heads, images, caplog, capsys, monkeypatch
 ):
     module, stream = am.AdaMerging(bank, toy, heads), am.TaskStream(images, 4)
-    with caplog.at_level(logging.INFO, logger="pytorch_lightning.utilities.rank_zero"):
+    # Lightning may have a handler of its own above this logger, and hand nothing on.
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    with caplog.at_level(logging.INFO, logger=logger.name):
         trainer = pl.Trainer(max_steps=2, **QUIET)
         trainer.fit(module, datamodule=stream)
         trainer.validate(module, datamodule=stream, verbose=False)
