@@ -11,7 +11,7 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.objectives.base import Prediction
 from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy, undefined
 
-__all__ = ["CRITERIA", "ROUTED", "TaskScore"]
+__all__ = ["CRITERIA", "ROUTED", "TaskScore", "calibration_bin"]
 
 CRITERIA = {"agreement": 1, "js": -1, "entropy": -1}
 """Label-free, with the sign of what is better: share of units on which model and expert predict the same, mean
@@ -19,6 +19,11 @@ Jensen–Shannon divergence to the expert in nats, mean entropy over ln C."""
 ROUTED = ("routing", "known", "unknown")
 """Of a route: share of images that it sends to their task; accuracy with the task known, and left to the route."""
 _BINS = 15
+
+
+def calibration_bin(confidence: Tensor) -> Tensor:
+    """int64: which of 15 bins of equal width, closed above, each confidence in [0, 1] lies in."""
+    return (confidence.nan_to_num() * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
 
 
 class TaskScore(Metric):
@@ -80,7 +85,7 @@ class TaskScore(Metric):
         if ours.scores is not None:
             self._route(ours.scores, ours.row, predicted, labels)
         confidence = ours.logits.float().softmax(-1).amax(-1)
-        place = (confidence.nan_to_num() * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
+        place = calibration_bin(confidence)
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence])
         # Not in place: `reset` may have made the sums in inference mode.
         self.bins = self.bins.index_add(1, place, rows)

@@ -48,8 +48,8 @@ _SIGNALS = {
 
 def protocol(run: Run) -> str:
     """Its name."""
-    found = run.results["protocol"]
-    return str(found["name"]) if found else _NOT_RECORDED
+    record = run.results["protocol"]
+    return str(record["name"]) if record else _NOT_RECORDED
 
 
 def meaning(run: Run) -> str:
@@ -92,7 +92,7 @@ def choice(run: Run) -> str:
 
 
 def start(run: Run) -> str:
-    """What a start was, and what it gave; empty where there was none."""
+    """What a start was, what it gave, and which settings were chosen and why; empty where there was none."""
     record = run.results["start"]
     if not record:
         return ""
@@ -102,8 +102,21 @@ def start(run: Run) -> str:
     return (
         f"Start: {printable(record['kind'], 60)}, solved from {images} unlabelled images a task in "
         f"{record['seconds']:.0f} s. The static merge before it: {percent(average['anchor']):.1f} %; after it, before "
-        f"the first step: {percent(average['initial']):.1f} %, which figures and tables below call merged."
+        f"the first step: {percent(average['initial']):.1f} %.{_chosen(run)}"
     )
+
+
+def _chosen(run: Run) -> str:
+    """Which of the settings of a start was chosen, and why."""
+    rows = start_choices(run)
+    for row in rows:
+        if row.get("chosen"):
+            return (
+                f" Of {len(rows)} settings, {row['words'] or 'these'} were chosen without labels: on images held out "
+                f"of the sums their predictions were nearest to the experts' (JS divergence {row['js']:.4f} nats, from "
+                f"{max(one['js'] for one in rows):.4f}), by more than the noise of so few images."
+            )
+    return ""
 
 
 def start_choices(run: Run) -> list[dict[str, Any]]:
@@ -119,15 +132,15 @@ def start_choices(run: Run) -> list[dict[str, Any]]:
 
 def alarms(run: Run) -> list[str]:
     """What must not be missed: that labels chose, that the guard ended the run."""
-    found = []
+    sentences = []
     if uses_labels(run.results):
-        found.append(f"{ORACLE}: labels chose the step that was kept: not a label-free result.")
+        sentences.append(f"{ORACLE}: labels chose the step that was kept: not a label-free result.")
     if stopped := run.results["guard"].get("stopped"):
-        found.append(
+        sentences.append(
             f"The guard ended this run at step {stopped['step']}: {printable(stopped['reason'], 200)}. "
             f"The model was set back to step {stopped['restored_step']}."
         )
-    return found
+    return sentences
 
 
 def guard_warnings(run: Run) -> list[str]:
@@ -136,17 +149,17 @@ def guard_warnings(run: Run) -> list[str]:
     warnings = run.results["guard"].get("warnings", [])
     for warning in warnings:
         seen.setdefault(warning["signal"], {}).setdefault(warning["task"], []).append(warning["step"])
-    found = []
+    sentences = []
     for signal, tasks in seen.items():
-        told = [
+        cases = [
             f"{'all tasks together' if task is None else printable(task, 40)} from step {min(steps)}, "
             + ("once" if len(steps) == 1 else f"{len(steps)} times")
             for task, steps in tasks.items()
         ]
-        found.append(f"The guard saw {_SIGNALS.get(signal, printable(signal, 40))}: {'; '.join(told)}.")
+        sentences.append(f"The guard saw {_SIGNALS.get(signal, printable(signal, 40))}: {'; '.join(cases)}.")
     if len(warnings) >= MOST_WARNINGS:
-        found.append(f"Only the guard's first {MOST_WARNINGS} warnings were recorded; there may have been more.")
-    return found
+        sentences.append(f"Only the guard's first {MOST_WARNINGS} warnings were recorded; there may have been more.")
+    return sentences
 
 
 def _arguments(part: Any) -> list[str]:
