@@ -18,7 +18,7 @@ from adaptive_merge.report.statistics import (
     paired_images,
     sign_flip_test,
 )
-from adaptive_merge.report.style import printable
+from adaptive_merge.report.style import short
 from adaptive_merge.report.summary import gap_closed
 from adaptive_merge.report.terms import ORACLE, protocol, terms
 from adaptive_merge.runs.reading import Run
@@ -209,11 +209,11 @@ def _contrast(best: Group, other: Group) -> Contrast | None:
 
 def comparison_plans(groups: Sequence[Group]) -> Iterator[Plan]:
     """Overlays of all groups: their means, their tasks, and the curves of the best few."""
-    named = {f"{index + 1} {printable(group.name, 20)}": group for index, group in enumerate(groups)}
+    named = {f"{index + 1} {short(group.name, 20)}": group for index, group in enumerate(groups)}
     several = len(alike(groups)) > 1
     for shared in alike(groups):
         members = {name: group for name, group in named.items() if group.terms == shared}
-        where = f", protocol {printable(shared, 60)}" if several else ""
+        where = f", protocol {short(shared, 60)}" if several else ""
         yield from _of_alike(members, where)
     best = dict(list(named.items())[:_OVERLAID])
     rest = f" The first {_OVERLAID} of {len(named)} groups." if len(named) > _OVERLAID else ""

@@ -22,7 +22,7 @@ from adaptive_merge.report.figures import recovered
 from adaptive_merge.report.panels import Panel, Section, draw
 from adaptive_merge.report.sections import run_sections
 from adaptive_merge.report.statistics import half_width
-from adaptive_merge.report.style import VIEW_NAMES, printable
+from adaptive_merge.report.style import VIEW_NAMES, short
 from adaptive_merge.report.summary import Card, cards, duration, gap_closed, probability, warnings_of
 from adaptive_merge.report.terms import ORACLE, alarms, choice, sentence, start, start_choices, terms
 from adaptive_merge.runs.measures import improvement, normalised
@@ -74,7 +74,7 @@ def report_run(folder: str | Path) -> Path | None:
 def _content(runs: list[Run], tsne: bool) -> dict[str, Any]:
     detailed = len(runs) <= _DETAILED
     oracles = sum(uses_labels(run.results) for run in runs)
-    name = f"{len(runs)} runs" if len(runs) > 1 else printable(runs[0].name, 60)
+    name = f"{len(runs)} runs" if len(runs) > 1 else short(runs[0].name, 60)
     mark = f" · {f'{oracles} ' if len(runs) > 1 else ''}{ORACLE}" if oracles else ""
     return {
         "runs": [_run_content(run, f"r{number}", tsne, detailed) for number, run in enumerate(runs)],
@@ -90,8 +90,8 @@ def _run_content(run: Run, prefix: str, tsne: bool, detailed: bool) -> dict[str,
     results = run.results
     return {
         "prefix": prefix,
-        "name": printable(run.name, 60) + (f" · {ORACLE}" if uses_labels(results) else ""),
-        "recipe": printable(results["recipe"], 60),
+        "name": short(run.name, 60) + (f" · {ORACLE}" if uses_labels(results) else ""),
+        "recipe": short(results["recipe"], 60),
         "seed": results.get("seed"),
         "terms": sentence(run),
         "choice": choice(run),
@@ -109,7 +109,7 @@ def _run_content(run: Run, prefix: str, tsne: bool, detailed: bool) -> dict[str,
         "online": results["online"] is not None,
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
         "versions": results.get("versions", {}),
-        "experts": [(printable(task, 60), digest) for task, digest in results.get("experts", {}).items()],
+        "experts": [(short(task, 60), digest) for task, digest in results.get("experts", {}).items()],
         "notes": run.notes,
     }
 
@@ -120,7 +120,7 @@ def _tasks(run: Run) -> list[dict[str, Any]]:
     nai = improvement(run.tasks, "adapted")
     return [
         {
-            "name": printable(task, 60),
+            "name": short(task, 60),
             "unseen": task not in run.merged,
             "adapted_on": protocol["adapted_on"][task] if protocol else None,
             "row": row,
@@ -170,7 +170,7 @@ def _routes(run: Run) -> list[tuple[str, list[str]]]:
     """Task → how often a route finds it, and accuracy with the task known and unknown."""
     routing = run.results["routing"]
     rows = {**routing["tasks"], "average": routing["average"]} if routing else {}
-    return [(printable(task, 60), [_percent(row[name]) for name in ROUTED]) for task, row in rows.items()]
+    return [(short(task, 60), [_percent(row[name]) for name in ROUTED]) for task, row in rows.items()]
 
 
 def _comparison(runs: list[Run]) -> dict[str, Any]:
@@ -188,8 +188,8 @@ def _comparison(runs: list[Run]) -> dict[str, Any]:
         "rows": [_row(run, group.name) for group in groups for run in group.runs],
         "groups": [
             {
-                "name": printable(group.name, 60),
-                "terms": printable(group.terms, 80),
+                "name": short(group.name, 60),
+                "terms": short(group.terms, 80),
                 "runs": len(group.runs),
                 "spread": group.spread,
                 "gap": group.gap,
@@ -210,7 +210,7 @@ def _best(groups: list[Group]) -> list[Card]:
     mean, deviation = best.spread
     spread = f"± {100 * deviation:.1f} over {len(best.runs)} seeds" if deviation is not None else "one seed"
     top = [
-        Card("best method", printable(best.name, 26), f"of {len(best.runs)} run{'s' if len(best.runs) > 1 else ''}"),
+        Card("best method", short(best.name, 26), f"of {len(best.runs)} run{'s' if len(best.runs) > 1 else ''}"),
         Card(f"its adapted {best.runs[0].measure}", _percent(mean), spread),
     ]
     return [*top, *([_ahead(best, groups[1])] if len(groups) > 1 else [])]
@@ -218,7 +218,7 @@ def _best(groups: list[Group]) -> list[Card]:
 
 def _ahead(best: Group, other: Group) -> Card:
     """By how much the best is ahead, where a test says that it is; else that the two are not told apart."""
-    test, name = difference(best, other), printable(other.name, 26)
+    test, name = difference(best, other), short(other.name, 26)
     if test is None:
         return Card("the next", name, "of other tasks, so they are not compared")
     points = f"{gain(best.spread[0], other.spread[0]):.1f}"
@@ -230,16 +230,16 @@ def _ahead(best: Group, other: Group) -> Card:
 
 def _best_on(shared: str, groups: list[Group]) -> Card:
     best, accuracy = groups[0], f"{_percent(groups[0].spread[0])} adapted"
-    return Card(f"best, protocol {printable(shared, 60)}", printable(best.name, 26), accuracy)
+    return Card(f"best, protocol {short(shared, 60)}", short(best.name, 26), accuracy)
 
 
 def _row(run: Run, group: str) -> dict[str, Any]:
     results, stopped = run.results, run.results["guard"].get("stopped")
     return {
-        "run": printable(run.name, 40),
+        "run": short(run.name, 40),
         "stopped": stopped["step"] if stopped else None,
-        "method": printable(group, 40),
-        "terms": printable(terms(run), 80),
+        "method": short(group, 40),
+        "terms": short(terms(run), 80),
         "seed": results.get("seed"),
         "average": run.scores(results["average"]),
         "gap": gap_closed(run),

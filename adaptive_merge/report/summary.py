@@ -9,7 +9,7 @@ import numpy as np
 from adaptive_merge.engine.views import gain, percent
 from adaptive_merge.report.figures import recovered
 from adaptive_merge.report.statistics import half_width, independent_images, paired_images
-from adaptive_merge.report.style import printable
+from adaptive_merge.report.style import short
 from adaptive_merge.report.terms import ORACLE, guard_warnings, meaning, protocol
 from adaptive_merge.runs.reading import Run
 from adaptive_merge.runs.results import uses_labels
@@ -46,7 +46,7 @@ def cards(run: Run) -> list[Card]:
         _gain(run),
         *_start(run),
         Card("gap closed", f"{100 * closed:.0f} %" if closed is not None else "none", "merge to experts, mean"),
-        Card("protocol", printable(protocol(run), 18), meaning(run)),
+        Card("protocol", short(protocol(run), 18), meaning(run)),
         *_cost(run),
     ]
     return shown
@@ -76,7 +76,7 @@ def _start(run: Run) -> list[Card]:
 def _cost(run: Run) -> list[Card]:
     """Steps, what learned, speed and memory."""
     results, steps = run.results, run.results.get("steps", 0)
-    recipe = f"recipe {printable(results['recipe'], 18)}"
+    recipe = f"recipe {short(results['recipe'], 18)}"
     cost = [
         Card("steps", f"{steps:,}", f"in {duration(results.get('seconds', {}).get('adapt', 0))}" if steps else made(run)),
         Card("trainable parameters", f"{results.get('trainable_parameters', 0) if steps else 0:,}", recipe),
@@ -113,7 +113,7 @@ def warnings_of(run: Run) -> list[str]:
     """What a reader of this run should not miss, as plain sentences."""
     sentences = guard_warnings(run)
     for task, row in run.tasks.items():
-        name = printable(run.shown(task), 40)
+        name = short(run.shown(task), 40)
         if row["adapted"] < row["initial"] - _CHANCE:
             lost = gain(row["initial"], row["adapted"])
             sentences.append(f"{name}: adaptation lost {lost:.1f} points against the merge that it started from.")
@@ -123,7 +123,7 @@ def warnings_of(run: Run) -> list[str]:
             sentences.append(f"{name}: the pre-trained model beats the merge before adaptation.")
         if row["pretrained"] > row["individual"] + _CHANCE:
             sentences.append(f"{name}: the expert is worse than the pre-trained model on its own task.")
-    few = [f"{printable(task, 40)} ({row['n']:.0f})" for task, row in run.tasks.items() if row["n"] < _FEW]
+    few = [f"{short(task, 40)} ({row['n']:.0f})" for task, row in run.tasks.items() if row["n"] < _FEW]
     if few:
         sentences.append(f"Few test images, so that a single one weighs a percentage point or more: {', '.join(few)}.")
     if run.history is not None and not np.isfinite(run.history.coefficients).all():
@@ -140,7 +140,7 @@ def _collapse(run: Run) -> list[str]:
         if curve is None or len(curve[1]) < 10:
             continue
         if np.mean(curve[1][-5:]) < 0.02 and row["adapted"] < row["initial"]:
-            sentences.append(f"{printable(task, 40)}: entropy collapsed to almost zero while {run.measure} fell.")
+            sentences.append(f"{short(task, 40)}: entropy collapsed to almost zero while {run.measure} fell.")
     return sentences
 
 
