@@ -21,7 +21,8 @@ def features(run: Run, tsne: bool) -> Iterator[Plan]:
         return
     if {"distance.initial", "distance.adapted"} <= kept.arrays.keys():
         names = [run.shown(task) for task in kept.tasks]
-        views = {_stage(run, view): dict(zip(names, kept.arrays[f"distance.{view}"])) for view in ("initial", "adapted")}
+        stages = {_stage(run, view): kept.arrays[f"distance.{view}"] for view in ("initial", "adapted")}
+        views = {stage: dict(zip(names, distances)) for stage, distances in stages.items()}
         yield (
             "Distance to the expert's features",
             f"Representation bias: mean absolute difference per feature on the same {_counts(run)} images of a task.",
@@ -31,7 +32,9 @@ def features(run: Run, tsne: bool) -> Iterator[Plan]:
     place = _task_with_most_room(run, kept.tasks)
     views = ("individual", "initial", "adapted")
     points = {
-        _stage(run, view): kept.arrays[f"features.{view}.{place}"] for view in views if f"features.{view}.{place}" in kept.arrays
+        _stage(run, view): kept.arrays[f"features.{view}.{place}"]
+        for view in views
+        if f"features.{view}.{place}" in kept.arrays
     }
     labels = kept.arrays.get(f"label.adapted.{place}")
     if labels is not None and f"sample.{place}" in kept.arrays:  # files of older versions hold the first images

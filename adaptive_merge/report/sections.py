@@ -139,8 +139,8 @@ def _masks(run: Run) -> Iterator[Plan]:
     shares = np.array([[kept[task][group] for group in groups] for task in tasks])
     yield (
         "What the mask keeps, by depth",
-        f"Mean share of the entries or directions of a block that a task's mask keeps; {100 * shares.mean():.0f} % over "
-        "all tasks and parameters.",
+        "Mean share of the entries or directions of a block that a task's mask keeps; "
+        f"{100 * shares.mean():.0f} % over all tasks and parameters.",
         lambda: coefficient_figures.depth_profile(tasks, groups, shares, y="kept share"),
         False,
     )

@@ -12,7 +12,7 @@ import numpy as np
 __all__ = [
     "LEVEL",
     "Difference",
-        "half_width",
+    "half_width",
     "independent_images",
     "mean_and_deviation",
     "paired_images",

@@ -35,7 +35,7 @@ def cards(run: Run) -> list[Card]:
     closed = gap_closed(run)
     kind = "prequential mean" if results["online"] else "mean"
     reach = f"± {100 * half_width(run.merged, 'adapted'):.1f} (95 %, binomial)"
-    shown = [
+    return [
         *([Card("chosen by labels", ORACLE, "not a label-free result")] if uses_labels(results) else []),
         Card(
             f"adapted {run.measure}",
@@ -49,7 +49,6 @@ def cards(run: Run) -> list[Card]:
         Card("protocol", short(protocol(run), 18), meaning(run)),
         *_cost(run),
     ]
-    return shown
 
 
 def _gain(run: Run) -> Card:
@@ -59,8 +58,10 @@ def _gain(run: Run) -> Card:
     if before.keys() == after.keys() == run.merged.keys():
         test = paired_images(*({task: right for task, (_, right) in one.items()} for one in (before, after)))
     else:
-        scores = ({task: {"n": row["n"], "adapted": row[view]} for task, row in run.merged.items()}
-                  for view in (run.base, "adapted"))
+        scores = (
+            {task: {"n": row["n"], "adapted": row[view]} for task, row in run.merged.items()}
+            for view in (run.base, "adapted")
+        )
         test = independent_images(*scores)
     verdict = "" if test.significant else "not significant: "
     return Card("gain over the merge", f"{gained:+.1f}", f"points; {verdict}p {probability(test.p)}, {test.words}")
@@ -78,7 +79,7 @@ def _cost(run: Run) -> list[Card]:
     results, steps = run.results, run.results.get("steps", 0)
     recipe = f"recipe {short(results['recipe'], 18)}"
     cost = [
-        Card("steps", f"{steps:,}", f"in {duration(results.get('seconds', {}).get('adapt', 0))}" if steps else made(run)),
+        Card("steps", f"{steps:,}", f"in {duration(results['seconds'].get('adapt', 0))}" if steps else made(run)),
         Card("trainable parameters", f"{results.get('trainable_parameters', 0) if steps else 0:,}", recipe),
     ]
     if run.history is not None and np.isfinite(run.history.throughput).any():
