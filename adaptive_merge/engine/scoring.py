@@ -9,21 +9,13 @@ from torchmetrics import Metric
 from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
 from adaptive_merge.objectives.base import Prediction
-from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy, undefined
+from adaptive_merge.objectives.functional import BINS, calibration_bin, jensen_shannon, normalised_entropy, undefined
 
-__all__ = ["CRITERIA", "ROUTED", "TaskScore", "calibration_bin"]
+__all__ = ["CRITERIA", "TaskScore"]
 
 CRITERIA = {"agreement": 1, "js": -1, "entropy": -1}
 """Label-free, with the sign of what is better: share of units on which model and expert predict the same, mean
 Jensen–Shannon divergence to the expert in nats, mean entropy over ln C."""
-ROUTED = ("routing", "known", "unknown")
-"""Of a route: share of images that it sends to their task; accuracy with the task known, and left to the route."""
-_BINS = 15
-
-
-def calibration_bin(confidence: Tensor) -> Tensor:
-    """int64: which of 15 bins of equal width, closed above, each confidence in [0, 1] lies in."""
-    return (confidence.nan_to_num() * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
 
 
 class TaskScore(Metric):
@@ -56,7 +48,7 @@ class TaskScore(Metric):
         # Images, those sent here, summed scores.
         self.add_state("routed", torch.zeros(2 + tasks), dist_reduce_fx="sum")
         # Rows: units, correct, summed confidence. Sums, not lists: a process's share of a task may be empty.
-        self.add_state("bins", torch.zeros(3, _BINS), dist_reduce_fx="sum")
+        self.add_state("bins", torch.zeros(3, BINS), dist_reduce_fx="sum")
         self.add_state("compared", torch.zeros(1 + len(CRITERIA)), dist_reduce_fx="sum")
         self.add_state("undefined", torch.zeros(2), dist_reduce_fx="sum")
 

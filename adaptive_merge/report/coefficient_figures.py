@@ -54,8 +54,9 @@ def coefficient_heatmap(tasks: Sequence[str], groups: Sequence[str], values: np.
             ink = contrasting(SEQUENTIAL((values[row, column] - low) / (high - low)))
             axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", fontsize=7.5, color=ink)
     tune(axes, grid=None)
-    bar = figure.colorbar(image, ax=axes, pad=0.01 if columns > 30 else 0.02, fraction=0.03, aspect=12)
-    bar.outline.set_visible(False)
+    if np.ptp(values) > 0:
+        bar = figure.colorbar(image, ax=axes, pad=0.01 if columns > 30 else 0.02, fraction=0.03, aspect=12)
+        bar.outline.set_visible(False)
     axes.spines[:].set_visible(False)
     return figure
 

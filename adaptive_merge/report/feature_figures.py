@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from adaptive_merge.engine.scoring import calibration_bin
 from adaptive_merge.engine.views import percent
+from adaptive_merge.objectives.functional import calibration_bin
 from adaptive_merge.report.layers import depth, readable
 from adaptive_merge.report.style import (
     DIVERGING,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,7 @@ import yaml
 from markupsafe import Markup
 
 from adaptive_merge import __version__
-from adaptive_merge.engine.scoring import ROUTED
-from adaptive_merge.engine.views import gain, percent
+from adaptive_merge.engine.views import ROUTED, gain, percent
 from adaptive_merge.errors import InputError
 from adaptive_merge.files import replacing
 from adaptive_merge.report.compare import Group, alike, comparison_plans, contrasts, difference, group_runs
@@ -264,13 +264,18 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=_percent, probability=probability, duration=duration, svg=_svg)
+    environment.filters.update(percent=_percent, probability=probability, duration=duration, svg=_svg, name=_name)
     return environment
 
 
 def _svg(panel: Panel) -> Markup:
     """Our own figure: matplotlib has escaped the text in it."""
     return Markup(panel.svg)
+
+
+def _name(text: str) -> Markup:
+    """Escaped, and where there is no room, broken after its joints."""
+    return Markup("<wbr>").join(re.split(r"(?<=[_-])(?=.)", text))
 
 
 def _percent(value: float | None) -> str:

@@ -100,10 +100,15 @@ def start(run: Run) -> str:
     images = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     average = run.results["average"]
     return (
-        f"Start: {short(record['kind'], 60)}, solved from {images} unlabelled images a task in "
+        f"Start: {short(record['kind'], 60)}{_settings(record)}, solved from {images} unlabelled images a task in "
         f"{record['seconds']:.0f} s. The static merge before it: {percent(average['anchor']):.1f} %; after it, before "
         f"the first step: {percent(average['initial']):.1f} %.{_chosen(run)}"
     )
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    words = ", ".join(f"{name} {short(value, 30)}" for name, value in (record.get("settings") or {}).items())
+    return f" ({short(words, 200)})" if words else ""
 
 
 def _chosen(run: Run) -> str:
@@ -112,9 +117,10 @@ def _chosen(run: Run) -> str:
     for row in rows:
         if row.get("chosen"):
             return (
-                f" Of {len(rows)} settings, {row['words'] or 'these'} were chosen without labels: on images held out "
-                f"of the sums their predictions were nearest to the experts' (JS divergence {row['js']:.4f} nats, from "
-                f"{max(one['js'] for one in rows):.4f}), by more than the noise of so few images."
+                f" Of {len(rows)} settings, {row['words'] or 'these'} were chosen without labels, by the divergence of "
+                f"the predictions from the experts' on images held out of the sums: {row['js']:.4f} nats, of "
+                f"{min(one['js'] for one in rows):.4f} to {max(one['js'] for one in rows):.4f} in all; what is better "
+                "by less than the noise of so few images is not preferred."
             )
     return ""
 

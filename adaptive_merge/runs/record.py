@@ -9,8 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from adaptive_merge.engine.scoring import ROUTED
-from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.engine.views import ROUTED, VIEWS
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.limits import LimitError, read_json
 
@@ -147,6 +146,8 @@ def _check_kept(kept: Mapping[str, Mapping[str, float]]) -> None:
 def _check_start(start: Mapping[str, Any], tasks: Mapping[str, Mapping[str, float]]) -> None:
     _numbers(start, ("seconds",))
     _numbers(start["images"])
+    if not isinstance(start.get("settings", {}), dict):
+        raise TypeError(f"start: {start['settings']!r}")
     if not start["images"] or not isinstance(start["kind"], str) or any("anchor" not in row for row in tasks.values()):
         raise KeyError("start")
     for row in start.get("choice", ()):

@@ -18,8 +18,8 @@ from torch import Tensor
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.engine.scoring import CRITERIA, ROUTED
-from adaptive_merge.engine.views import VIEWS, gain, percent
+from adaptive_merge.engine.scoring import CRITERIA
+from adaptive_merge.engine.views import ROUTED, VIEWS, gain, percent
 from adaptive_merge.errors import printable
 from adaptive_merge.runs.online import prequential
 from adaptive_merge.runs.record import MEASURES

@@ -19,7 +19,7 @@ RANDOM = np.random.default_rng(0)
 
 def makers(tasks):
     size, values = len(tasks), RANDOM.random((len(STEPS), len(tasks), len(GROUPS)))
-    scores = {task: {"pretrained": 0.4, "initial": 0.6, "adapted": 0.75, "individual": 0.9} for task in tasks}
+    scores = {task: {"n": 90, "pretrained": 0.4, "initial": 0.6, "adapted": 0.75, "individual": 0.9} for task in tasks}
     curves = {task: (np.arange(300), RANDOM.random(300)) for task in tasks}
     numbers = dict(zip(tasks, RANDOM.random(size)))
     clouds = {view: RANDOM.random((30, 5)) for view in ("individual", "initial", "adapted")}
@@ -30,14 +30,16 @@ def makers(tasks):
         "trajectories": lambda: coefficient_figures.coefficient_trajectories(tasks, STEPS, values),
         "depth": lambda: coefficient_figures.depth_profile(tasks, GROUPS, values[-1], values[0]),
         "bars": lambda: figures.accuracy_bars(scores),
-        "radar": lambda: figures.accuracy_radar(scores),
         "gap": lambda: figures.gap_recovered(scores),
         "curves": lambda: figures.adaptation_curves(curves, "entropy", (np.arange(300), RANDOM.random(300))),
         "prequential": lambda: figures.prequential_curves(curves, 0.6, 0.7),
         "resources": lambda: figures.resources(STEPS, RANDOM.random(5), 1e9 * RANDOM.random(5)),
         "compare bars": lambda: figures.compare_bars({tasks[0]: {task: [0.5, 0.6] for task in tasks}}),
+        "compare means": lambda: figures.compare_means({task: ([0.5, 0.6], 0.02) for task in tasks}),
+        "compare table": lambda: figures.compare_table({tasks[0]: {task: [0.5, 0.6] for task in tasks}}),
+        "routes": lambda: feature_figures.route_matrix(tasks, RANDOM.random((size, size))),
         "compare curves": lambda: figures.compare_curves({task: [curve] for task, curve in curves.items()}, "loss"),
-        "distance": lambda: feature_figures.representation_distance(numbers, numbers),
+        "distance": lambda: feature_figures.representation_distance({"initial": numbers, "adapted": numbers}),
         "pca": lambda: feature_figures.projection(feature_figures.project_features(clouds), [0, 1, 2] * 10, "t"),
         "cosine": lambda: feature_figures.cosine_matrix(tasks, RANDOM.random((size, size))),
         "cross": lambda: feature_figures.cross_accuracy(tasks, RANDOM.random((size, size))),

@@ -25,7 +25,7 @@ def test_a_report_is_self_contained_and_has_all_figures(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
     body = page.split("</style>")[1]
     assert not ADDRESS.search(body) and "http" not in page.split("<style>")[0].replace("http-equiv", "")
-    assert page.count("<figure") == page.count("<svg") == 19
+    assert page.count("<figure") == page.count("<svg") == 18
     for words in ("adapted accuracy", "Reliability", "seed_everything: 0", "ab" * 32, "2.15.0"):
         assert words in page
     assert "Left out" not in page
@@ -49,7 +49,7 @@ def test_missing_parts_leave_a_note_in_place_of_their_figures(tmp_path):
         (folder / name).unlink()
         assert any(note.startswith(f"{name} is not there") for note in read_run(folder).notes)
     page = page_of(folder)
-    assert page.count("<figure") == 3 and page.count("is not there") == 4
+    assert page.count("<figure") == 2 and page.count("is not there") == 4
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
@@ -65,7 +65,7 @@ def test_a_figure_that_fails_becomes_a_note(tmp_path, monkeypatch):
         (folder / name).unlink()
     monkeypatch.setattr("adaptive_merge.report.figures.accuracy_bars", lambda *_: 1 / 0)
     page = page_of(folder)
-    assert page.count("<figure") == 2 and "could not be drawn (ZeroDivisionError)" in page
+    assert page.count("<figure") == 1 and "could not be drawn (ZeroDivisionError)" in page
 
 
 def test_what_is_no_run_is_refused_by_name(tmp_path):
@@ -157,13 +157,18 @@ def test_a_start_is_told_with_its_choice(tmp_path):
     }
     change(folder, start=start, tasks={task: row | {"anchor": 0.55} for task, row in rows.items()})
     page = write_report([folder], tmp_path / "page.html").read_text()
-    assert "ChosenRegression&lt;, solved from 64 unlabelled images a task" in page
+    assert "ChosenRegression&lt; (seed 0), solved from 64 unlabelled images a task" in page
     assert "The static merge before it: 55.0 %; after it, before the first step: 60.0 %" in page
     assert (
         "strength 0.3</bdi> (chosen)" in page
         and "strength 0.1</bdi></td>" in page
         and "stem" not in page.split("nats")[1]
     )
-    change(folder, start=start | {"images": {}})
-    with pytest.raises(am.InputError, match="start"):
-        write_report([folder], tmp_path / "page.html")
+    assert "Of 2 settings, strength 0.3 were chosen without labels" in page
+    assert "0.0400 nats, of 0.0400 to 0.0600 in all" in page and "the start gave" in page
+    # What came before the start is the merge that gains are over; the start has a column of its own.
+    assert re.search(r">merged<.*>start<", re.search(r'id="tasks-r0".*?</thead>', page, re.S)[0], re.S)
+    for damage in ({"images": {}}, {"settings": []}):
+        change(folder, start=start | damage)
+        with pytest.raises(am.InputError, match="start"):
+            write_report([folder], tmp_path / "page.html")
