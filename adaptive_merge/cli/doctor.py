@@ -12,6 +12,7 @@ from pathlib import Path
 
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import InputError
+from adaptive_merge.files import strict_json
 from adaptive_merge.runs.checkpoint_io import StorageError, check_writable, nearest
 
 __all__ = ["disk", "doctor", "launcher", "traps"]
@@ -25,15 +26,17 @@ def doctor(arguments: list[str]) -> None:
     """Print versions, devices, launcher, disks and wandb's mode; exit code 2 where a run could not start."""
     parser = Parser("adaptive-merge doctor", description=doctor.__doc__)
     parser.add_argument("--root", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
     options = parser.parse_args(arguments)
     found, trouble = disk(Path(options.root))
     found = {"versions": _versions(), "devices": _devices(), "launcher": launcher(os.environ), **found}
     found["wandb"] = _wandb(os.environ)
     warnings = traps(os.environ)
-    for what, told in found.items():
-        write(f"{what:<12} {told}")
-    for warning in warnings:
-        write(f"{'warning':<12} {warning}")
+    if options.json:
+        write(strict_json(found | {"warnings": warnings, "trouble": trouble}, indent=2))
+    else:
+        for what, told in [*found.items(), *(("warning", warning) for warning in warnings)]:
+            write(f"{what:<12} {told}")
     if trouble:
         raise InputError("; ".join(trouble))
 

@@ -1,5 +1,6 @@
 """What the launch scripts start, and what `adaptive-merge doctor` says about a launch."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -97,6 +98,10 @@ def test_doctor_says_what_it_sees_and_keeps_keys_to_itself(tmp_path, monkeypatch
     told = capsys.readouterr().out
     for word in ("versions", "torch", "devices", "launcher", "runs", "temporary", "same device", "offline", "a key is"):
         assert word in told
+    assert "planted0key" not in told
+    doctor.doctor(["--root", str(tmp_path / "runs"), "--json"])
+    told = capsys.readouterr().out
+    assert json.loads(told).keys() >= {"versions", "devices", "launcher", "warnings", "trouble"}
     assert "planted0key" not in told
     assert list(tmp_path.iterdir()) == []
 
