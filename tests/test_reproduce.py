@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,3 +63,16 @@ def test_the_front_has_what_no_other_beats(page):
 
     points = {"free": (0, 70), "poor": (5, 60), "mid": (5, 80), "same": (9, 80), "best": (9, 90)}
     assert front(points) == ["free", "mid", "best"]
+
+
+def test_a_quadratic_fit_finds_its_function_and_the_front_its_corner(page):
+    import coefficient_front as front
+
+    random = np.random.default_rng(0)
+    coefficients, weights = random.random((20, 2)), random.normal(size=(6, 2))
+    values = front.predict(coefficients, weights)
+    assert np.allclose(front.fit(coefficients, values), weights)
+    assert np.allclose(front.explained(coefficients, values, weights), 1)
+    rows = np.array([[1, 1], [2, 0], [0, 2], [1, 0.5], [2, 0]])
+    assert front.front(rows).tolist() == [1, 0, 2]
+    assert front.grid(3).shape == (26**3, 3)
