@@ -204,7 +204,7 @@ def test_grids_are_read_as_yaml():
         (["--vary", "model.lr=1", "--vary", "model.lr=2"], "there twice"),
         (["--vary", "model.lrr=1,2"], "lrr"),
         (["--vary", "suite.split=val,test"], "cannot be ranked together"),
-        (["--vary", "run.name=a,b"], "cannot be ranked together"),
+        (["--vary", "run.name=a,b"], "one for all runs"),
         (["--vary", "model.lr=1", "--by", "agrement"], "did you mean 'agreement'"),
     ],
 )
