@@ -44,11 +44,8 @@ def test_the_trainjob_starts_a_run_that_resumes():
     assert trainer["command"] == ["torchrun", "-m", "adaptive_merge", "fit"]
     settings = settings_of(trainer["args"])
     assert settings["run"]["if_exists"] == "resume" and settings["run"]["name"] == job["metadata"]["name"]
-    assert (
-        settings["trainer"]["devices"]
-        == trainer["numProcPerNode"]
-        == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
-    )
+    devices = int(settings["trainer"]["devices"])
+    assert devices == trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
     assert settings["trainer"]["num_nodes"] == trainer["numNodes"]
     assert {"name": "ADAPTIVE_MERGE_JOB", "value": job["metadata"]["name"]} in trainer["env"]
     (replicated,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
@@ -66,7 +63,7 @@ def test_the_skypilot_job_starts_a_run_that_resumes(tmp_path):
     launch, _, arguments = told.partition(" -m adaptive_merge fit ")
     assert launch == ("torchrun --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr 10.0.0.1 --master-port 29400")
     settings = settings_of(arguments.split())
-    assert (settings["trainer"]["devices"], settings["trainer"]["num_nodes"]) == (4, 2)
+    assert (int(settings["trainer"]["devices"]), settings["trainer"]["num_nodes"]) == (4, 2)
     assert settings["run"]["if_exists"] == "resume" and settings["run"]["name"] == job["envs"]["ADAPTIVE_MERGE_JOB"]
     assert job["file_mounts"][settings["run"]["root"]]["mode"] == "MOUNT_CACHED"
 
