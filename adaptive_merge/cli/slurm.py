@@ -149,19 +149,18 @@ def batch_script(
         *(_line(one) for one in slurm.lines),
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
         *([f"export {VARIABLE}={shlex.quote(','.join(packages))}"] if (packages := open_packages()) else []),
-        *_choose(arguments, name if array else None),
+        *_choose(arguments, array),
         f'printf "{STARTED}\\n" "$(hostname)" "${{SLURM_RESTART_COUNT:-0}}"',
         *_run(slurm.container, "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if array else "$SLURM_JOB_ID"),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _choose(arguments: Mapping[int, Sequence[str]], group: str | None) -> Iterator[str]:
-    """Lines that set what `fit` is given; runs of an array are one group in Weights & Biases."""
-    if group is None:
+def _choose(arguments: Mapping[int, Sequence[str]], array: bool) -> Iterator[str]:
+    """Lines that set what `fit` is given."""
+    if not array:
         yield f"set -- {shlex.join(map(_line, arguments[0]))}"
         return
-    yield f'export WANDB_RUN_GROUP="${{WANDB_RUN_GROUP:-{group}}}"'
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
     yield from (f"  {number}) set -- {shlex.join(map(_line, own))} ;;" for number, own in arguments.items())
     yield "  *) echo \"there is no cell '$SLURM_ARRAY_TASK_ID' in this array\" >&2 && exit 2 ;;"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ def work(tmp_path, monkeypatch, suite_folder):
 def cluster(work, monkeypatch):
     found = Cluster(work)
     monkeypatch.setenv("PATH", found.path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(work))  # where a key could be
     return found
 
 
@@ -72,7 +76,7 @@ def test_a_dry_run_prints_the_script_of_an_array_and_writes_nothing(work, capsys
         "output=runs/sweep/slurm-%A_%a.out",
     ):
         assert f"#SBATCH --{line}\n" in script
-    assert "gpus" not in script and "WANDB_RUN_GROUP:-sweep" in script
+    assert "gpus" not in script
     cell = next(line for line in script.splitlines() if line.startswith("  1) "))
     found = shlex.split(cell.removeprefix("  1) set -- ").removesuffix(" ;;"))
     assert found == [
@@ -155,8 +159,13 @@ def rows(folder):
         return sum(1 for row in csv.DictReader(file) if (row.get("step") or "").isdigit())
 
 
+def logged(arguments):
+    """With a logger of Weights & Biases, where that is installed; without a key it is offline."""
+    return [*arguments, "--trainer.logger=WandbLogger"] if find_spec("wandb") else arguments
+
+
 def test_a_preempted_cell_comes_back_to_the_same_bits(cluster, work, capsys):
-    assert main(GRID) == 0
+    assert main(logged(GRID)) == 0
     assert cluster.asked == ["--parsable runs/sweep/submit.sh"] and "job 4242: 2 of 2 to run" in capsys.readouterr().out
     script, cell = work / "runs" / "sweep" / "submit.sh", work / "runs" / "sweep" / CELL
     job = cluster.start(script, cell=1)
@@ -178,8 +187,11 @@ def test_a_preempted_cell_comes_back_to_the_same_bits(cluster, work, capsys):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert (cell / "metrics.csv").read_bytes() == (work / "runs" / "whole" / "metrics.csv").read_bytes()
 
+    attempts = [path.name.rpartition("-")[2] for path in (cell / "wandb").glob("offline-run-*")]
+    assert len(attempts) == 2 * bool(find_spec("wandb")) and len(set(attempts)) <= 1, "each attempt has one id"
+
     capsys.readouterr()
-    assert main([*GRID, "--dry-run"]) == 0
+    assert main([*logged(GRID), "--dry-run"]) == 0
     assert "#SBATCH --array=0\n" in capsys.readouterr().out, "what is finished is not started again"
     assert main(["report", "runs/sweep"]) == 0
     told = capsys.readouterr().out
