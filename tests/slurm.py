@@ -1,4 +1,4 @@
-"""A stand-in for SLURM on one machine: what `sbatch`, `srun`, `scontrol` and `squeue` do for one job after the other."""
+"""A stand-in for SLURM on one machine: its commands, as far as a batch script needs them, and one job at a time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Cluster:
         if restart:
             variables["SLURM_RESTART_COUNT"] = str(restart)
         if cell is not None:
-            assert str(cell) in asked["array"]
+            ranges = [part.split("-") for part in asked["array"].partition("%")[0].split(",")]
+            assert any(int(ends[0]) <= cell <= int(ends[-1]) for ends in ranges)
             variables |= {"SLURM_ARRAY_JOB_ID": "4242", "SLURM_ARRAY_TASK_ID": str(cell), "SLURM_JOB_ID": "4245"}
         output = asked["output"].replace("%j", "4242").replace("%A", "4242").replace("%a", str(cell))
         with open(output, "a") as file:

@@ -4,15 +4,14 @@ import csv
 import json
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import time
 from importlib.util import find_spec
 
 import pytest
 import torch
 from processes import crowding, start, texts, wait
+from shells import accepted
 from slurm import Cluster
 
 from adaptive_merge.__main__ import main
@@ -25,13 +24,13 @@ CONFIG = """
 model:
   recipe: quick
   coefficients: {{class_path: LayerWise, init_args: {{init: 0.3}}}}
-trainer: {{max_steps: 150, accelerator: cpu, enable_progress_bar: false}}
+trainer: {{max_steps: 50, accelerator: cpu, enable_progress_bar: false}}
 data: {{images_per_task: 4}}
 suite: {{name: {suite}}}
 run: {{report: false, guard: "off"}}
 slurm: {{account: merging, gpus: 0, cpus: 1, time: "0:30:00"}}
 """
-GRID = ["submit", "--recipes", "quick.yaml", "--seeds", "0,1", "--vary", "model.lr=0.01", "--run.name", "sweep"]
+GRID = ["submit", "--recipes", "quick.yaml", "--seeds", "0,1,2", "--vary", "model.lr=0.01", "--run.name", "sweep"]
 CELL = "config=quick.yaml,seed_everything=1,lr=0.01"
 
 
@@ -48,17 +47,8 @@ def cluster(work, monkeypatch):
     monkeypatch.setenv("PATH", found.path)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(work))  # where a key could be
+    monkeypatch.setenv("WANDB_MODE", "offline")
     return found
-
-
-def accepted(script):
-    """The script, which bash and shellcheck take."""
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    if shutil.which("shellcheck"):
-        told = subprocess.run(["shellcheck", "-"], input=script, text=True, capture_output=True)
-        assert told.returncode == 0, told.stdout
-    return script
 
 
 def printed(capsys, arguments):
@@ -71,7 +61,7 @@ def test_a_dry_run_prints_the_script_of_an_array_and_writes_nothing(work, capsys
     for line in (
         "account=merging",
         "time=0:30:00",
-        "array=0-1%3",
+        "array=0-2%3",
         "ntasks-per-node=1",
         "output=runs/sweep/slurm-%A_%a.out",
     ):
@@ -160,13 +150,13 @@ def rows(folder):
 
 
 def logged(arguments):
-    """With a logger of Weights & Biases, where that is installed; without a key it is offline."""
+    """With a logger of Weights & Biases, where that is installed."""
     return [*arguments, "--trainer.logger=WandbLogger"] if find_spec("wandb") else arguments
 
 
 def test_a_preempted_cell_comes_back_to_the_same_bits(cluster, work, capsys):
     assert main(logged(GRID)) == 0
-    assert cluster.asked == ["--parsable runs/sweep/submit.sh"] and "job 4242: 2 of 2 to run" in capsys.readouterr().out
+    assert cluster.asked == ["--parsable runs/sweep/submit.sh"] and "job 4242: 3 of 3 to run" in capsys.readouterr().out
     script, cell = work / "runs" / "sweep" / "submit.sh", work / "runs" / "sweep" / CELL
     job = cluster.start(script, cell=1)
     end = time.monotonic() + 90 * crowding()
@@ -176,11 +166,13 @@ def test_a_preempted_cell_comes_back_to_the_same_bits(cluster, work, capsys):
     os.kill(job.pid, signal.SIGUSR1)  # srun tells its processes, of which there is one
     assert job.wait(90 * crowding()) == 75
     assert cluster.asked[1:] == ["scontrol requeue 4242_1"]
-    assert [one.state for one in read_array(work / "runs" / "sweep")] == ["missing", "stopped"]
-    assert 3 <= rows(cell) < 150 and not (cell / "results.json").exists()
+    (work / "runs" / "sweep" / CELL.replace("=1", "=2")).write_text("in the way")
+    assert cluster.start(script, cell=2).wait(60 * crowding()) == 2
+    assert [one.state for one in read_array(work / "runs" / "sweep")] == ["missing", "stopped", "failed"]
+    assert 3 <= rows(cell) < 50 and not (cell / "results.json").exists()
 
     assert cluster.start(script, cell=1, restart=1).wait(120 * crowding()) == 0
-    assert [one.state for one in read_array(work / "runs" / "sweep")] == ["missing", "finished"]
+    assert [one.state for one in read_array(work / "runs" / "sweep")] == ["missing", "finished", "failed"]
     whole = ["fit", "--config", "quick.yaml", "--seed_everything=1", "--model.lr=0.01", "--run.name=whole"]
     assert wait(start(main, whole, log=work / "whole.log"), 120 * crowding()) == 0, texts(work)
     ours, theirs = learned(cell), learned(work / "runs" / "whole")
@@ -191,11 +183,13 @@ def test_a_preempted_cell_comes_back_to_the_same_bits(cluster, work, capsys):
     assert len(attempts) == 2 * bool(find_spec("wandb")) and len(set(attempts)) <= 1, "each attempt has one id"
 
     capsys.readouterr()
+    (work / "runs" / "sweep" / CELL.replace("=1", "=2")).unlink()
     assert main([*logged(GRID), "--dry-run"]) == 0
-    assert "#SBATCH --array=0\n" in capsys.readouterr().out, "what is finished is not started again"
+    assert "#SBATCH --array=0,2\n" in capsys.readouterr().out, "what is finished is not started again"
     assert main(["report", "runs/sweep"]) == 0
     told = capsys.readouterr().out
     assert "left out: config=quick.yaml seed_everything=0 model.lr=0.01: missing, never started" in told
+    assert "left out: config=quick.yaml seed_everything=2 model.lr=0.01: failed, " in told
     page = (work / "runs" / "sweep" / "report.html").read_text()
     assert "seed_everything=0" in page and "never started" in page
 
@@ -244,7 +238,7 @@ def test_status_tells_the_states_apart(tmp_path, capsys):
         "failed",
         "missing",
     ]
-    assert "starting on node7" == cells[2].note and cells[4].note == "no [such] file" and "TIME LIMIT" in cells[5].note
+    assert cells[2].note == "starting on node7" and cells[4].note == "no [such] file" and "TIME LIMIT" in cells[5].note
     assert main(["submit", "--status", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "7 cells: 1 finished, 2 running, 1 stopped, 2 failed, 1 missing" in told and "no [such] file" in told

@@ -1,12 +1,12 @@
 """What the files in scripts/launch start, and what `adaptive-merge doctor` says about a launch."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from shells import accepted
 
 from adaptive_merge.cli import doctor
 from adaptive_merge.cli.grid import settings_of
@@ -59,6 +59,7 @@ def test_the_skypilot_job_starts_a_run_that_resumes(tmp_path):
     given = {"NUM_NODES": "2", "NODE_RANK": "1", "NUM_GPUS_PER_NODE": "4", "NODE_IPS": "10.0.0.1\n10.0.0.2"}
     script = tmp_path / "run.sh"
     script.write_text("#!/bin/bash\n" + job["run"])
+    accepted(script)
     told = started(tmp_path, script, **{f"SKYPILOT_{name}": value for name, value in given.items()})
     launch, _, arguments = told.partition(" -m adaptive_merge fit ")
     assert launch == ("torchrun --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr 10.0.0.1 --master-port 29400")
@@ -68,12 +69,9 @@ def test_the_skypilot_job_starts_a_run_that_resumes(tmp_path):
     assert job["file_mounts"][settings["run"]["root"]]["mode"] == "MOUNT_CACHED"
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="there is no shellcheck")
-@pytest.mark.parametrize("script", ["torchrun.sh", "skypilot.yaml"])
-def test_shellcheck_has_nothing_to_say(script):
-    text = (SCRIPTS / "launch" / script).read_text()
-    text = text if script.endswith(".sh") else "#!/bin/bash\n" + yaml.safe_load(text)["run"]
-    assert subprocess.run(["shellcheck", "-"], input=text, text=True, capture_output=True).stdout == ""
+@pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.sh")), ids=lambda path: path.name)
+def test_shells_accept_every_script(script):
+    accepted(script)
 
 
 @pytest.mark.parametrize(
