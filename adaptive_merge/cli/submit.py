@@ -48,7 +48,7 @@ def submit(arguments: list[str]) -> None:
     parser.add_argument("--status", metavar="FOLDER", help="only list the cells of an array and how far each is")
     options, rest = parser.parse_known_args(arguments)
     if options.status:
-        if rest or options.vary:
+        if rest or options.vary or options.recipes or options.seeds or options.dry_run:
             raise InputError(f"--status {options.status}: give nothing else with it")
         _show(Path(options.status))
         return
