@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+# One process becomes the task; several are tasks of their own, told what srun is told, and its code is the highest.
+_SRUN = """
+while [ "${{1#-}}" != "$1" ]; do shift; done
+[ "$SLURM_NTASKS" = 1 ] && exec "$@"
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do
+  export SLURM_PROCID=$task SLURM_NODEID=$((task / SLURM_NTASKS_PER_NODE)) SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE))
+  "$@" & tasks="$tasks $!"
+done
+trap 'kill -USR1 $tasks' USR1
+highest=0
+for task in $tasks; do
+  while kill -0 $task 2> /dev/null; do wait $task; code=$?; done
+  [ $code -gt $highest ] && highest=$code
+done
+exit $highest
+"""
 _TOOLS = {
     "sbatch": 'echo "$@" >> {log}; echo "4242;cluster"',
-    "srun": 'while [ "${{1#-}}" != "$1" ]; do shift; done; exec "$@"',
+    "srun": _SRUN,
     "scontrol": 'echo "scontrol $@" >> {log}',
     "adaptive-merge": 'exec {python} -m adaptive_merge "$@"',
 }
@@ -50,6 +67,8 @@ class Cluster:
             "SLURM_NTASKS_PER_NODE": asked["ntasks-per-node"],
             "SLURM_NTASKS": str(int(asked["nodes"]) * int(asked["ntasks-per-node"])),
             "SLURM_CPUS_PER_TASK": asked["cpus-per-task"],
+            "SLURM_NODELIST": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
         }
         if restart:
             variables["SLURM_RESTART_COUNT"] = str(restart)
@@ -61,3 +80,9 @@ class Cluster:
         with open(output, "a") as file:
             environment = os.environ | {"PATH": self.path} | variables
             return subprocess.Popen(["bash", str(script)], stdout=file, stderr=file, env=environment)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -194,6 +194,26 @@ def test_a_preempted_cell_comes_back_to_the_same_bits(cluster, work, capsys):
     assert "seed_everything=0" in page and "never started" in page
 
 
+@pytest.mark.slow
+def test_a_job_on_two_nodes_comes_back_to_the_same_bits(cluster, work):
+    for name in ("two", "whole"):
+        assert main(["submit", "--config", "quick.yaml", "--slurm.nodes=2", f"--run.name={name}"]) == 0
+    two, whole = (work / "runs" / name for name in ("two", "whole"))
+    job = cluster.start(two / "submit.sh")
+    end = time.monotonic() + 120 * crowding()
+    while rows(two) < 3:
+        assert time.monotonic() < end and job.poll() is None, (two / "slurm-4242.out").read_text()
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGUSR1)
+    assert job.wait(90 * crowding()) == 75
+    assert cluster.asked[2:] == ["scontrol requeue 4242"], "the first process asks, for all"
+    assert cluster.start(two / "submit.sh", restart=1).wait(150 * crowding()) == 0
+    assert cluster.start(whole / "submit.sh").wait(150 * crowding()) == 0
+    assert (two / "slurm-4242.out").read_text().count("MEMBER: 2/2") == 2, "each start had two processes"
+    ours, theirs = learned(two), learned(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(75, ["scontrol requeue 4242"]), (0, []), (143, [])])
 def test_outside_of_a_container_the_script_asks_for_the_queue(tmp_path, code, requeued):
     cluster = Cluster(tmp_path, apptainer=f'test -n "$ADAPTIVE_MERGE_REQUEUE_BY_SCRIPT" && exit {code}')
