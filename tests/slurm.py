@@ -14,7 +14,8 @@ _SRUN = """
 while [ "${{1#-}}" != "$1" ]; do shift; done
 [ "$SLURM_NTASKS" = 1 ] && exec "$@"
 for task in $(seq 0 $((SLURM_NTASKS - 1))); do
-  export SLURM_PROCID=$task SLURM_NODEID=$((task / SLURM_NTASKS_PER_NODE)) SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE))
+  export SLURM_PROCID=$task
+  export SLURM_NODEID=$((task / SLURM_NTASKS_PER_NODE)) SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE))
   "$@" & tasks="$tasks $!"
 done
 trap 'kill -USR1 $tasks' USR1
