@@ -71,7 +71,7 @@ class WEMoE(Route):
         if len(self.seen) <= place:  # the first layer of its MLP
             self.seen.append(self.routers[0 if self.shared else place](as_tokens(tokens)).float().mean(1))
         gates = self.seen[place].to(output.dtype)
-        mixed = mixed_product(tokens.to(output.dtype), gates, self.vectors(layer.weight, bank).to(output))
+        mixed = mixed_product(tokens.to(output.dtype), gates, self.vectors(layer.weight, bank))
         if layer.bias is not None:
             shift = gates @ self.vectors(layer.bias, bank).to(output)
             mixed = mixed + (shift[:, None] if mixed.dim() == 3 else shift)

@@ -101,7 +101,8 @@ def test_a_prediction_does_not_depend_on_the_batch(build, images, name):
 
 @pytest.mark.parametrize("tokens", [(7, 5, 6), (7, 6), (0, 5, 6)])
 def test_mixed_products_and_their_gradients_are_those_of_dense_weights(monkeypatch, tokens):
-    monkeypatch.setitem(mixing.BUFFER, "cpu", 60)  # three images of 4 · 6 entries do not fit
+    monkeypatch.setitem(mixing.BUFFER, "cpu", 60)  # of seven images' 4 · 6 entries three times three rows fit
+    monkeypatch.setattr(mixing, "ROWS", 3)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, generator=generator, dtype=torch.float64).requires_grad_()
     gates = torch.randn(tokens[0], 3, generator=generator, dtype=torch.float64).requires_grad_()
