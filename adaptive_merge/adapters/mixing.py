@@ -26,7 +26,7 @@ __all__ = ["TILES", "mixed_product"]
 # Releases of torch before 2.7 say it of compiling and exporting together.
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
-TILES: Final = {"cpu": (8, 128, 768), "cuda": (32, 1 << 13, 1 << 13)}
+TILES: Final = {"cpu": (8, 128, 768), "cuda": (32, 1024, 4096)}
 """Images, rows and columns of the mixed matrices that are alive at a time, at most."""
 
 _Tile = tuple[slice, slice, slice, Tensor, Tensor]
