@@ -1,7 +1,8 @@
 """Hooks of mkdocs: what the site has beside the pages of docs/, made from what the repository holds already.
 
-The home page is README.md; notebooks become pages; each recipe of configs/embedded has a card, of its file, the parts that
-it names (docs/cards.yaml), and the rows that other pages have of it; the reference is made of `am.*` and of the parser.
+The home page is README.md; notebooks become pages; each recipe of configs/embedded has a card, of its file, the parts
+that it names (docs/cards.yaml), and the rows that other pages have of it; the reference is made of `am.*` and of the
+parser.
 Links keep the form that they have in the repository and are turned to the site's pages here.
 """
 
@@ -33,7 +34,9 @@ ELSEWHERE = {
     "SECURITY.md": "security.md",
     "configs/clip/README.md": "clip.md",
     "adaptive_merge/suites/embedded/README.md": "embedded.md",
-    **{f"docs/notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "docs/notebooks").glob("*.ipynb")},
+    **{
+        f"docs/notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "docs/notebooks").glob("*.ipynb")
+    },
 }
 # Files that a page may name and the site does not show: the link becomes plain text.
 UNSEEN = ("LICENSE", "CITATION.cff")
@@ -143,8 +146,13 @@ def _named(value: Any) -> Iterator[str]:
 
 def _part(part: Mapping[str, str]) -> str:
     where = _home(part["name"])
-    more = f" More: [{part['page']}](../{part['page']})." if "page" in part else ""
+    more = f" More: [{_title(part['page'])}](../{part['page']})." if "page" in part else ""
     return f"[`{part['name']}`][{where}]\n\n    {part['equation']}\n\n{part['source']}.{more}\n"
+
+
+def _title(page: str) -> str:
+    """What a page is headed, up to its colon."""
+    return (ROOT / "docs" / page.partition("#")[0]).read_text().partition("\n")[0].lstrip("# ").partition(":")[0]
 
 
 def _home(name: str) -> str:
@@ -175,7 +183,7 @@ def _numbers() -> dict[str, list[str]]:
                 link = f"[{heading}](../{page})"
                 found.setdefault(row["recipe"], []).append(f"{link}:\n\n| {table[0]}\n{rule}\n| {table[1]}\n")
             elif line.startswith("|") and not row:
-                head = line
+                head = head or line
             elif not line.startswith("|"):
                 head = ""
     return found
@@ -204,18 +212,20 @@ def _keys() -> str:
     for action in parser._actions:
         key = next((option[2:] for option in action.option_strings if option.startswith("--")), "")
         room, _, name = key.partition(".")
-        if not name or name == "help" or "+" in key:
+        if not name or name.split(".")[-1] == "help" or "+" in key:
             continue
-        kind = html.escape(str(getattr(action, "_typehint", None) or getattr(action, "type", "")))
-        kind = re.sub(r"[\w.]*\.(\w+)", r"\1", kind.replace("&lt;class &#x27;", "").replace("&#x27;&gt;", ""))
-        words = html.escape(" ".join((action.help or "").split())).replace("|", "\\|")
+        kind = str(getattr(action, "_typehint", None) or getattr(action, "type", ""))
+        kind = re.sub(r"[\w.]*\.(\w+)", r"\1", re.sub(r"<class '([^']*)'>", r"\1", kind))
+        kind = html.escape(kind.replace("NoneType", "null").replace("|", "or"), quote=False)
+        words = html.escape(" ".join((action.help or "").split()), quote=False).replace("|", "\\|")
         default = "" if action.default is None else f"`{json.dumps(_plain(action.default))}`"
-        rows.setdefault(room, []).append(f"| `{key}` | {kind.replace('|', 'or')} | {default} | {words} |")
+        rows.setdefault(room, []).append(f"| `{key}` | {kind} | {default} | {words} |")
     intro = "Each is an option of the command line too: `--model.lr 0.01`. A class is given by its name and arguments, "
     intro += "`{class_path: Ties, init_args: {density: 0.2}}`; the names are on the pages beside this one.\n"
     head = "| key | values | default | meaning |\n|---|---|---|---|\n"
+    rooms = sorted(rows, key=("model", "data", "suite", "run", "trainer").index)  # Lightning's own keys last
     return f"# Keys of a configuration\n\n{intro}\n" + "\n\n".join(
-        f"## {room}\n\n{head}" + "\n".join(lines) for room, lines in rows.items()
+        f"## {room}\n\n{head}" + "\n".join(rows[room]) for room in rooms
     )
 
 

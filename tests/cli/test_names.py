@@ -1,11 +1,12 @@
-"""What a run is called where nobody says: by its recipe and, where they are others than usual, by what it is run under."""
+"""What a run is called where nobody says: by recipe and, where they are unusual, protocol and corruption."""
 
 import pytest
 
 from adaptive_merge.cli.fit import AdaptiveMergeCLI
 
 HOLDOUT = ["--data.protocol", "Holdout"]
-NOISE = ["--data.corruption", "Corruption", "--data.corruption.kind", "impulse_noise", "--data.corruption.severity", "2"]
+NOISE = ["--data.corruption", "Corruption", "--data.corruption.kind", "impulse_noise"]
+NOISE += ["--data.corruption.severity", "2"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The fenced blocks of the documentation, run as they stand: one page, one clean folder, from top to bottom.
 
-Shell blocks go through bash statement by statement; what is a program of ours is noted by a function of its name and then
-called in this process. YAML is run as a configuration, parsed where it is a part of one, or saved under the name in its
-first line; Python shares its names over a page. `text` is what a program prints. A comment above a fence says what is not run:
+Shell blocks go through bash statement by statement; what is a program of ours is noted by a function of its name and
+then called in this process. YAML is run as a configuration, parsed where it is a part of one, or saved under the name
+in its first line; Python shares its names over a page. `text` is what a program prints. A comment above a fence says
+what is not run:
 
     <!-- block: parsed, REASON -->    commands and options are parsed by their own parsers, and end there
     <!-- block: fragment, REASON -->  YAML inside of a configuration, or Python inside of a class: its syntax alone
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = list(FENCE.finditer(text))
     assert 2 * len(found) == len(re.findall(r"^ *```", text, re.MULTILINE)), f"{page}: a fence is not closed"
-    assert len(re.findall("<!-- block:", text)) == sum(bool(one["mark"]) for one in found), f"{page}: a mark of no block"
+    marks = sum(bool(one["mark"]) for one in found)
+    assert len(re.findall("<!-- block:", text)) == marks, f"{page}: a mark of no block"
     return [
         Block(page, text[: one.start("language")].count("\n") + 1, one["language"], one["code"], one["mark"])
         for one in found
@@ -209,11 +211,8 @@ def parse(program: str, arguments: list[str]) -> None:
 def understood(arguments: list[str]) -> None:
     if arguments[0] in ("fit", "validate"):
         return called([*arguments, "--print_config"])
-    with parsing():
-        try:
-            called(arguments)
-        except Parsed:
-            pass
+    with parsing(), suppress(Parsed):
+        called(arguments)
     return None
 
 

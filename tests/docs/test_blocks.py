@@ -42,7 +42,7 @@ def cut(tmp_path_factory):
 
 @pytest.fixture
 def page(cut, tmp_path, monkeypatch):
-    """A runner in a clean folder, where nothing takes long: few images, two steps, blank figures, `tune` in this process."""
+    """A runner in a clean folder where nothing takes long: few images and steps, no figures, `tune` in this process."""
 
     train = pl.Trainer.fit
 
@@ -53,7 +53,7 @@ def page(cut, tmp_path, monkeypatch):
         return train(self, *args, **kwargs)
 
     monkeypatch.setattr(pl.Trainer, "fit", fit)
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **settings: file.write("<svg viewBox=\"0 0 4 3\"></svg>"))
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **settings: file.write('<svg viewBox="0 0 4 3"></svg>'))
     monkeypatch.setattr(loading, "EMBEDDED", cut)
     monkeypatch.setattr(tune, "_fit", in_process)
     for name in ("CLIP_CHECKPOINTS", "CLIP_DATA"):
@@ -76,11 +76,9 @@ def test_the_blocks_of_a_page_run_in_order(path, page, record_property):
     record_property("blocks", dict(Counter(block.kind for block in found)))
 
 
-def test_most_blocks_are_executed(capsys):
+def test_most_blocks_are_executed():
     """What is only parsed or shown says why by its mark, or is a program's output, and stays the smaller part."""
     kinds = Counter(block.kind for path in PAGES for block in blocks(path))
-    with capsys.disabled():
-        print(f"\nblocks of {len(PAGES)} pages: {dict(kinds)}")
     assert set(kinds) <= {"executed", "parsed", "fragment", "shown"}
     assert kinds["executed"] > 2 * (kinds["parsed"] + kinds["fragment"])
 
