@@ -147,7 +147,8 @@ def _named(value: Any) -> Iterator[str]:
 def _part(part: Mapping[str, str]) -> str:
     where = _home(part["name"])
     more = f" More: [{_title(part['page'])}](../{part['page']})." if "page" in part else ""
-    return f"[`{part['name']}`][{where}]\n\n    {part['equation']}\n\n{part['source']}.{more}\n"
+    equation = html.escape(part["equation"].replace("`", ""), quote=False)
+    return f"[`{part['name']}`][{where}]\n\n<p><code>{equation}</code></p>\n\n{part['source']}.{more}\n"
 
 
 def _title(page: str) -> str:
@@ -230,4 +231,5 @@ def _keys() -> str:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str, list, dict)) else str(value)
+    """A default as YAML has it."""
+    return value if isinstance(value, (bool, int, float, str, list, dict, tuple)) else str(value)
