@@ -118,15 +118,14 @@ def claim(journal: Journal, if_exists: IfExists, checkpoint: str | None = None) 
     Raises:
         InputError: a run is there and is not to be touched; a file is in the way that no run wrote.
     """
-    last = journal.folder / _LAST
-    resumes = if_exists == "resume" and last.is_file()
+    latest = _latest(journal) if if_exists == "resume" else None
     if rank_zero_only.rank == 0:
         _check_foreign(journal)
-        if if_exists == "resume" and not resumes:
+        if if_exists == "resume" and not latest:
             _check_unfinished(journal)
         elif if_exists == "refuse" and not _lies_in(checkpoint, journal.folder):
             _refuse(journal)
-    return str(last) if resumes else checkpoint
+    return str(latest) if latest else checkpoint
 
 
 @rank_zero_only
@@ -148,6 +147,15 @@ def open_folder(journal: Journal, if_exists: IfExists, checkpoint: str | None) -
     journal.begin()
 
 
+def _latest(journal: Journal) -> Path | None:
+    """`last.ckpt`; before there is one, what a disk that filled up meanwhile has left of the first saving."""
+    last = journal.folder / _LAST
+    if last.is_file() or any((journal.folder / name).is_file() for name in _RESULTS):
+        return last if last.is_file() else None
+    saved = [path for path in journal.files if path.parent == last.parent and path.suffix == ".ckpt"]
+    return max(saved, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def _check_foreign(journal: Journal) -> None:
     if others := journal.foreign:
         raise InputError(
@@ -163,8 +171,7 @@ def _check_foreign(journal: Journal) -> None:
 
 def _check_unfinished(journal: Journal) -> None:
     names = {path.relative_to(journal.folder).as_posix() for path in journal.files}
-    kept = sorted(name for name in names if name in _RESULTS or name.endswith(".ckpt"))
-    if kept:
+    if kept := sorted(names.intersection(_RESULTS)):
         raise InputError(
             f"{journal.folder} holds {kept[0]} of a run but no checkpoint to go on from ({_LAST}); choose another "
             "--run.name, name a checkpoint with --ckpt_path, or replace the run with --run.if_exists overwrite"
