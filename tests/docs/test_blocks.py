@@ -22,7 +22,10 @@ from adaptive_merge.__main__ import main
 from adaptive_merge.cli import tune
 from adaptive_merge.suites import loading
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "configs" / "clip" / "README.md"]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "configs/clip/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 IMAGES, STEPS = 12, 2
 
 
