@@ -224,7 +224,7 @@ def _keys() -> str:
     intro = "Each is an option of the command line too: `--model.lr 0.01`. A class is given by its name and arguments, "
     intro += "`{class_path: Ties, init_args: {density: 0.2}}`; the names are on the pages beside this one.\n"
     head = "| key | values | default | meaning |\n|---|---|---|---|\n"
-    rooms = sorted(rows, key=("model", "data", "suite", "run", "trainer").index)  # Lightning's own keys last
+    rooms = sorted(rows, key=lambda room: room == "trainer")  # Lightning's own keys last
     return f"# Keys of a configuration\n\n{intro}\n" + "\n\n".join(
         f"## {room}\n\n{head}" + "\n".join(rows[room]) for room in rooms
     )
