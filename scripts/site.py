@@ -47,13 +47,13 @@ NUMBERS = ("results.md", "transforms.md", "routes.md", "sample_efficiency.md")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Fill the two parts of the navigation that are generated; a page that is still to come is left out."""
+    """Fill the two parts of the navigation that are generated."""
     cards = ["recipes/index.md", *(f"recipes/{path.stem}.md" for path in RECIPES)]
     reference = [{"Python": "reference/python.md"}, *({part.capitalize(): f"reference/{part}.md"} for part in PARTS)]
     generated = {"Recipes": cards, "Reference": [*reference, {"YAML": "reference/yaml.md"}]}
     for entry in config.nav or []:
         ((title, pages),) = entry.items()
-        pages[:] = generated.get(title, [page for page in pages if page != {"GPUs": "gpu.md"} or _has("gpu.md")])
+        pages[:] = generated.get(title, pages)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -81,10 +81,6 @@ def _link(link: re.Match[str], source: str, here: str) -> str:
     recipe = re.fullmatch(r"configs/embedded/(\w+)\.yaml", path)
     page = f"recipes/{recipe[1]}.md" if recipe else ELSEWHERE.get(path, path.removeprefix("docs/"))
     return f"[{link['text']}]({posixpath.relpath(page, here or '.')}{'#' * bool(anchor)}{anchor})"
-
-
-def _has(page: str) -> bool:
-    return (ROOT / "docs" / page).is_file()
 
 
 def _text(path: Path) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import InputError
+from adaptive_merge.process.signals import INTERACTIVE
 from adaptive_merge.runs.checkpoint_io import StorageError, check_writable, nearest
 
 __all__ = ["disk", "doctor", "launcher", "traps"]
 
 _PACKAGES = ("adaptive_merge", "torch", "torchvision", "pytorch-lightning", "jsonargparse", "open_clip_torch", "wandb")
 _LITTLE_ROOM = 1 << 30  # bytes
-_INTERACTIVE = ("bash", "interactive")
 
 
 def doctor(arguments: list[str]) -> None:
@@ -46,7 +46,7 @@ def launcher(environment: Mapping[str, str]) -> str:
     if "TORCHELASTIC_RUN_ID" in environment:
         return f"torchrun, process {environment.get('RANK')} of {environment.get('WORLD_SIZE')} (TORCHELASTIC_RUN_ID)"
     name = environment.get("SLURM_JOB_NAME")
-    if "SLURM_NTASKS" in environment and name in _INTERACTIVE:
+    if "SLURM_NTASKS" in environment and name in INTERACTIVE:
         return f"this process only: SLURM is not used, for the job is named {name!r} (SLURM_JOB_NAME)"
     if "SLURM_NTASKS" in environment:
         rank, world = environment.get("SLURM_PROCID", "?"), environment["SLURM_NTASKS"]
@@ -64,7 +64,7 @@ def traps(environment: Mapping[str, str]) -> list[str]:
     inside = "SLURM_JOB_ID" in environment
     tasks, per_node = (environment.get(name, "") for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"))
     elastic = "TORCHELASTIC_RUN_ID" in environment
-    if environment.get("SLURM_JOB_NAME") in _INTERACTIVE:
+    if environment.get("SLURM_JOB_NAME") in INTERACTIVE:
         found.append("a SLURM job named 'bash' or 'interactive' turns SLURM mode off; give it another --job-name")
     if tasks.isdigit() and per_node.isdigit() and int(tasks) < int(per_node):
         found.append(f"SLURM_NTASKS={tasks} is below SLURM_NTASKS_PER_NODE={per_node}: set --nodes × --ntasks-per-node")

@@ -19,6 +19,7 @@ from adaptive_merge.callbacks.guard.guard import Select
 from adaptive_merge.cli.configs import layered
 from adaptive_merge.cli.hints import explain
 from adaptive_merge.cli.session import TRAINER_DEFAULTS, GuardMode, Session, quiet
+from adaptive_merge.cli.slurm import Slurm
 from adaptive_merge.cli.stopped import Place, answering
 from adaptive_merge.cli.trainer import check_trainer, refusal, restoring
 from adaptive_merge.data import TaskStream
@@ -111,7 +112,7 @@ class AdaptiveMergeCLI(LightningCLI):
             options = {option for one in self._parsers for option in upstream.options_of(one)}
             raise InputError(explain(error, options)) from error
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        for room in ("suite", "model", "data", "trainer", "run"):
+        for room in ("suite", "model", "data", "trainer", "run", "slurm"):
             if not isinstance(settings[room], Namespace):
                 raise InputError(f"{room}: expected a mapping of settings, got {settings[room]!r:.60}")
         if not 0 <= settings.seed_everything < 2**32:
@@ -169,6 +170,7 @@ class AdaptiveMergeCLI(LightningCLI):
             "by entropy, none of which needs labels; `oracle` uses labels, and the run is marked everywhere",
         )
         parser.add_argument("--run.report", type=bool, default=True, help="write report.html at the end of `fit`")
+        parser.add_class_arguments(Slurm, "slurm")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the hyper-parameters in a checkpoint choose the configuration here; we do not."""

@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "export": ("write an adapted model for open_clip, Hugging Face or ONNX Runtime", "export:export"),
     "data": ("check whether the data sets of a suite are there and readable", "data:data"),
     "tune": ("run fit over a grid of settings and rank the runs without labels", "tune:tune"),
+    "submit": ("hand a run, or an array of runs, to SLURM; list how far they are", "submit:submit"),
     "choose": ("rank finished runs by a criterion that needs no labels", "choose:choose"),
     "recipes": ("list the recipes that --config knows by name", "recipes:recipes"),
 }

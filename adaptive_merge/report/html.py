@@ -34,7 +34,9 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _DETAILED = 12  # with more runs than this, only the comparison carries figures
 
 
-def write_report(run_folders: Sequence[str | Path], output: str | Path, tsne: bool = False) -> Path:
+def write_report(
+    run_folders: Sequence[str | Path], output: str | Path, tsne: bool = False, missing: Sequence[str] = ()
+) -> Path:
     """Write the report of one or several run folders.
 
     Args:
@@ -42,6 +44,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path, tsne: bo
             `diagnostics.safetensors` are used where they are there.
         output: HTML file to write, atomically.
         tsne: also project features with t-SNE; takes seconds a run and scikit-learn (extra `report`).
+        missing: runs that belong here and are not there, in words.
 
     Returns:
         The path of the report.
@@ -52,7 +55,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path, tsne: bo
     if not run_folders:
         raise InputError("no run to report on; name at least one run folder")
     runs = [read_run(folder) for folder in run_folders]
-    page = _environment().get_template("report.html.j2").render(_content(runs, tsne))
+    page = _environment().get_template("report.html.j2").render(_content(runs, tsne) | {"missing": missing})
     output = Path(output)
     with replacing(output) as partial:
         partial.write_text(page, encoding="utf-8", errors="replace")
