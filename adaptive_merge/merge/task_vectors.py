@@ -100,7 +100,7 @@ class TaskVectors:
         check_finite("pre-trained weights", parameters)
         layout = Layout(tuple(parameters), tuple(tuple(tensor.shape) for tensor in parameters.values()))
         base = torch.cat([tensor.detach().float().flatten() for tensor in parameters.values()])
-        vectors = torch.empty(len(experts), layout.numel, dtype=dtype)
+        vectors = base.new_empty(len(experts), layout.numel, dtype=dtype)
         carried = {name: [pretrained[name]] for name, buffer in is_buffer.items() if buffer}
         for row, task in zip(vectors, experts):
             expert = experts[task]

@@ -1,0 +1,294 @@
+"""`adaptive-merge plan`: what a `fit` of the same arguments would read, take and write, before it is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytorch_lightning as pl
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from adaptive_merge.cli.fit import AdaptiveMergeCLI
+from adaptive_merge.cli.grid import arguments_of
+from adaptive_merge.cli.parser import Parser, write
+from adaptive_merge.cli.trainer import check_end, check_trainer
+from adaptive_merge.data.stream import TaskStream
+from adaptive_merge.engine.footprint import KINDS, bank_bytes, footprint
+from adaptive_merge.engine.module import AdaptiveMerge
+from adaptive_merge.engine.traced import traced
+from adaptive_merge.errors import InputError, printable
+from adaptive_merge.limits import check_names
+from adaptive_merge.runs.checkpoint_io import check_writable
+from adaptive_merge.runs.folder import check_name, claim
+from adaptive_merge.runs.journal import Journal
+from adaptive_merge.suites.check import TaskCheck, check_suite
+from adaptive_merge.weights.headers import headers_only
+
+__all__ = ["plan", "printed"]
+
+_SHOWN: Final = {
+    "bank": "bank on the device",
+    "towers": "merged tower, an expert's",
+    "gradients": "gradients",
+    "activations": "activations",
+    "exchange": "exchange",
+    "state": "what learns, optimiser",
+    "evaluation": "scoring, in its turn",
+}
+_HOST: Final = {
+    "bank": "bank in host memory",
+    "transformed": "bank of transforms",
+    "loaded": "tower as loaded",
+    "images": "images",
+    "outputs": "outputs of experts",
+}
+
+
+def printed(arguments: list[str]) -> None:
+    """Say what `fit` with these arguments would read, take and write; nothing is written, no expert is read."""
+    parser = Parser(
+        "adaptive-merge plan", description=printed.__doc__, epilog="All other options are those of adaptive-merge fit."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--processes", type=int, help="of the whole run (default: trainer.devices × trainer.num_nodes, 1 where open)"
+    )
+    parser.add_argument(
+        "--probe",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also time N steps on this machine, on one device; this reads experts and images as fit does",
+    )
+    options, rest = parser.parse_known_args(arguments)
+    result = _plan(rest, options.processes, options.probe)
+    if options.json:
+        Console().print_json(json.dumps(result))
+    else:
+        _show(result)
+    if wrong := [task for task, row in result["tasks"].items() if row["problem"]]:
+        raise InputError(f"{len(wrong)} of {len(result['tasks'])} tasks cannot be used yet: {', '.join(wrong)}")
+
+
+def plan(*configs: str, processes: int | None = None, probe: int = 0, **settings: Any) -> dict[str, Any]:
+    """What `adaptive-merge plan --json` prints, of configurations and options given as to `am.fit`.
+
+    Args:
+        configs: files, or names of recipes; later ones override earlier ones.
+        processes: of the whole run; default: those of the configuration.
+        probe: steps to time.
+        settings: options of the command line without their dashes, such as `**{"suite.name": "my_suite"}`.
+
+    Raises:
+        InputError: whatever `fit` would refuse of the settings; a task that cannot be used is in the result instead.
+    """
+    options = arguments_of(json.loads(json.dumps(settings, default=str)))
+    return _plan([*(part for config in configs for part in ("--config", config)), *options], processes, probe)
+
+
+class _Outline(AdaptiveMergeCLI):
+    """Module and stream of a `fit`, and the settings of the rest; no trainer, no folder, no run."""
+
+    checks: list[TaskCheck]
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.settings
+        check_trainer(settings.trainer)
+        check_names(self.folder.parts[1:], "folder of a run", "--run.name")
+        check_name(settings.run.root, settings.run.name or settings.model.recipe)
+        check_writable(self.folder)
+        claim(Journal(self.folder), settings.run.if_exists, settings.ckpt_path)
+        self.checks = check_suite(settings.suite.name, tasks=settings.suite.tasks)
+        # Loggers and callbacks may want what this machine has not; what they are made of is checked by now.
+        self.asked = settings.trainer.clone()
+        settings.trainer.callbacks, settings.trainer.logger = None, False
+
+    def instantiate_classes(self) -> None:
+        if not any(check.problem for check in self.checks):
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def _plan(arguments: Sequence[str], processes: int | None, probe: int) -> dict[str, Any]:
+    with headers_only():
+        cli = _Outline(args=["fit", *arguments])
+        rows = {row.task: {key: getattr(row, key) for key in ("images", "classes", "problem")} for row in cli.checks}
+        result = {"recipe": cli.settings.model.recipe, "suite": cli.settings.suite.name, "tasks": rows}
+        if not any(row["problem"] for row in rows.values()):
+            world = processes or _world(cli.asked)
+            result |= _of_run(cli.model, cli.datamodule, cli.asked, world) | {"files": _files(cli)}
+    if probe and "steps" in result:
+        result["probe"] = _probe(_Outline(args=["fit", *arguments]), probe, result["steps"])
+    return result
+
+
+def _world(trainer: Namespace) -> int:
+    devices = trainer.devices
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return max(count, 1) * int(trainer.num_nodes)
+
+
+def _of_run(module: AdaptiveMerge, stream: TaskStream, trainer: Namespace, world: int) -> dict[str, Any]:
+    if trainer.max_steps != 0:
+        module.check_learns()
+    check_end(trainer, endless=not stream.draws.end)
+    draws, micro = stream.draws, trainer.accumulate_grad_batches
+    steps = -(-draws.end // micro) if draws.end and trainer.max_steps != 0 else trainer.max_steps
+    first = draws[0]
+    if stream.share == "tasks":
+        owned = list(first)[::world]
+        sizes = {task: len(first[task]) for task in owned}
+    else:
+        sizes = {task: -(-len(index) // world) for task, index in first.items()}
+    image = tuple(next(iter(stream.images.values())).take(draws[0][next(iter(sizes))][:1]).shape[1:])
+    autocast = str(trainer.precision) in ("bf16-mixed", "16-mixed", "bf16", "16")
+    learned = sum(parameter.numel() for parameter in module.learned)
+    cpu = _is_cpu(trainer)
+    trace = traced(module, sizes, stream.eval_batch_size, image, world, autocast)
+    memory = {
+        kind: dataclasses.asdict(footprint(module, trace, stream.images, kind, world, cpu)) for kind in KINDS
+    }
+    return {
+        "experts": len(module.tasks),
+        "parameters": module.experts.layout.numel,
+        "learned": learned,
+        "bank_bytes": bank_bytes(module.experts),
+        "processes": world,
+        "device": "cpu" if cpu else "accelerator",
+        "placement": module.model.backbone.kind,
+        "memory": memory,
+        "step": {
+            "images": sum(len(index) for index in first.values()),
+            "graph": "joint" if trace.joint else "per_task",
+            "exact": trace.alike,
+        },
+        "steps": steps,
+    }
+
+
+def _is_cpu(trainer: Namespace) -> bool:
+    from torch import cuda
+
+    accelerator = str(trainer.accelerator)
+    return accelerator == "cpu" or (accelerator == "auto" and not cuda.is_available())
+
+
+def _files(cli: _Outline) -> dict[str, int | None]:
+    """What would be written → its bytes, where they are known before."""
+    module, settings = cli.model, cli.settings
+    learned = 4 * sum(parameter.numel() for parameter in module.learned)
+    names: dict[str, int | None] = {
+        "config.yaml": None,
+        "metrics.csv": None,
+        "checkpoints/last.ckpt": 3 * learned,
+        "results.json": None,
+        "images.safetensors": None,
+    }
+    names |= {"coefficients.json": None} if module.coefficients.display() is not None else {}
+    names |= {"start.safetensors": 8 * module.experts.layout.numel} if module.start is not None else {}
+    names |= {"report.html": None} if settings.run.report else {}
+    files = {str(cli.folder / name): size for name, size in names.items()}
+    if settings.suite.banks:
+        files[f"{settings.suite.banks}/bank-*.safetensors"] = bank_bytes(module.experts)
+    return files
+
+
+def _probe(cli: _Outline, count: int, steps: int) -> dict[str, Any]:
+    """Seconds of a step on this machine, on one device; nothing is written but caches of images and banks."""
+    times: list[float] = []
+    trainer = pl.Trainer(
+        max_steps=count + 1,
+        max_epochs=-1,
+        accelerator=cli.asked.accelerator,
+        devices=1,
+        precision=cli.asked.precision,
+        accumulate_grad_batches=cli.asked.accumulate_grad_batches,
+        gradient_clip_val=cli.asked.gradient_clip_val,
+        callbacks=[_Stopwatch(times)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(cli.model, datamodule=cli.datamodule)
+    # The first step reads the bank for the first time.
+    typical = statistics.median(times[1:] or times)
+    return {"steps": len(times), "seconds_per_step": typical, "seconds": steps * typical if steps > 0 else None}
+
+
+class _Stopwatch(pl.Callback):
+    """The seconds from one optimiser step to the next."""
+
+    def __init__(self, times: list[float]) -> None:
+        self.times, self.last, self.taken = times, time.perf_counter(), 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step > self.taken:
+            now, self.taken = time.perf_counter(), trainer.global_step
+            self.times.append(now - self.last)
+            self.last = now
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    table = Table("task", "found", "images", "classes", Column("first problem", overflow="fold"))
+    for task, row in result["tasks"].items():
+        problem = row["problem"] or ""
+        counts = (f"{row['images']:,}" if row["images"] else "", str(row["classes"] or ""))
+        table.add_row(
+            Text(printable(task)), "no" if problem else "yes", *counts, Text(printable(problem)), style="red" * bool(problem)
+        )
+    Console().print(table)
+    if "memory" not in result:
+        return
+    write(
+        f"{result['experts']} experts of {result['parameters']:,} parameters, {result['learned']:,} learn; "
+        f"{result['steps']:,} steps of {result['step']['images']} images ({result['step']['graph']}) on "
+        f"{result['processes']} processes"
+    )
+    Console().print(_memory(result))
+    if "probe" in result:
+        probe = result["probe"]
+        whole = "" if probe["seconds"] is None else f", {probe['seconds']:.0f} s of steps"
+        write(f"{probe['seconds_per_step']:.3f} s a step on one device of this machine{whole}")
+    for path, size in result["files"].items():
+        write(f"would write {path}{'' if size is None else f' ({_size(size)})'}")
+
+
+def _memory(result: Mapping[str, Any]) -> Table:
+    where = "process" if result["device"] == "cpu" else "device"
+    kinds, rows = list(result["memory"]), list(result["memory"].values())
+    columns = [f"{kind} (chosen)" if kind == result["placement"] else kind for kind in kinds]
+    table = Table(f"memory of each {where}", *(Column(name, justify="right") for name in columns))
+    for key, name in _SHOWN.items():
+        table.add_row(name, *(_size(row["device"][key]) for row in rows))
+    for key, name in _HOST.items():
+        table.add_row(name, *(_size(row["host"][key]) for row in rows))
+    table.add_section()
+    table.add_row(f"peak of each {where}", *(_size(row["total"]) for row in rows), style="bold")
+    return table
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B" if count else ""
