@@ -10,7 +10,7 @@ from adaptive_merge import __version__
 from adaptive_merge.cli.door import REPORT, message_of
 from adaptive_merge.cli.table import command, overview
 from adaptive_merge.errors import EXIT_USAGE, InputError, printable, shorten
-from adaptive_merge.process.signals import EXIT_INTERRUPTED, Signals
+from adaptive_merge.process.signals import EXIT_INTERRUPTED, Preempted, Signals
 
 __all__ = ["main"]
 
@@ -30,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _listening(arguments):
             _run(arguments)
+    except Preempted as stopped:
+        if not stopped.announced:  # while the program was being loaded, or had ended
+            sys.stderr.write(f"adaptive-merge: told to stop while no run was under way (exit code {stopped.code})\n")
+        raise
     except KeyboardInterrupt:
         sys.stderr.write("adaptive-merge: interrupted\n")
         return EXIT_INTERRUPTED

@@ -69,8 +69,8 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not readable as UTF-8 text ({error}); write or copy it again") from error
 
 
-def read_json(path: Path, strict: bool = True) -> Any:
-    """The content of a JSON file within the limits.
+def read_json(path: Path, strict: bool = True) -> dict[str, Any]:
+    """The object in a JSON file within the limits.
 
     Args:
         strict: refuse NaN and Infinity, which JSON does not have and older versions wrote into results.
@@ -87,6 +87,8 @@ def read_json(path: Path, strict: bool = True) -> Any:
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error}); write or copy it again") from error
     check_nesting(content, str(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
 
 

@@ -65,8 +65,10 @@ def _wind_up(place: Place) -> None:
         place.launcher.kill(signal.SIGTERM)
 
 
-@rank_zero_only
 def _say(place: Place, stopped: Preempted) -> None:
+    stopped.announced = True
+    if rank_zero_only.rank != 0:
+        return
     kept = [text.format(place.folder / name) for name, text in _KEPT.items() if _there(place, name)]
     tail = f"{kept[0]}; --run.if_exists resume goes on from it" if kept else "nothing was saved yet; start it again"
     sys.stderr.write(f"adaptive-merge: told to stop: {tail} (exit code {stopped.code})\n")

@@ -64,7 +64,7 @@ def read_coefficients(path: Path, tasks: Sequence[str], layout: Layout, table: s
     if path.suffix == ".py":
         return _from_table(_table_in_source(path, layout, table), tasks, path)
     if path.suffix == ".json":
-        return _read_json(path, tasks)
+        return _from_json(path, tasks)
     if path.suffix in _TORCH_FILES:
         file = open_torch_file(path)
         if isinstance(file.root, TensorRecord):
@@ -82,7 +82,7 @@ def _unknown(path: Path) -> InputError:
     )
 
 
-def _read_json(path: Path, tasks: Sequence[str]) -> Coefficients:
+def _from_json(path: Path, tasks: Sequence[str]) -> Coefficients:
     """Ours, or a list of rows."""
     try:
         content = json.loads(path.read_bytes())

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,9 +22,9 @@ from torchvision.transforms import functional as transform
 
 from adaptive_merge.data.images import Images
 from adaptive_merge.data.sources import ImageSource, eight_bit
-from adaptive_merge.errors import InputError, StorageError
+from adaptive_merge.errors import InputError
 from adaptive_merge.files import reserve, save_json
-from adaptive_merge.process.locks import locked
+from adaptive_merge.process.locks import in_turn
 
 __all__ = ["cached_images", "resized"]
 
@@ -36,7 +33,6 @@ FORMAT: Final = "adaptive_merge.images"
 VERSION: Final = 1
 # What `resized` does, as a part of the cache's key: change it there and here together.
 TRANSFORM: Final = "shortest edge bicubic, centre crop, RGB"
-_NO_FLOCK: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS, Lustre
 _CHUNK: Final = 256  # images between two notes of how far the build is
 
 
@@ -66,7 +62,7 @@ def cached_images(
     shape = (len(source), size, size, 3)
     workers, built = workers or min(os.cpu_count() or 1, 8), False
     whole = stem.with_suffix(".json").is_file()  # then it is only read, perhaps from where nobody may write
-    with nullcontext() if whole else _locked(stem):
+    with nullcontext() if whole else in_turn(stem.with_suffix(".lock"), f"image cache {stem}"):
         if built := not stem.with_suffix(".json").is_file():
             pixels = _build(source, stem, shape, key, name, workers)
             header = {"format": FORMAT, "version": VERSION, "key": key, "shape": shape, "transform": TRANSFORM}
@@ -167,18 +163,3 @@ def _read_header(stem: Path, key: str, shape: tuple[int, ...]) -> dict[str, Any]
             f"{size} bytes and {'a' if fits else 'no'} header that fits; remove `{stem}.*`, they are made anew"
         )
     return header
-
-
-@contextmanager
-def _locked(stem: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it, on file systems without `flock` too."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(stem.with_suffix(".lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise StorageError(f"{stem.parent}: cannot be written to ({error.strerror or error})") from error
-            stack.enter_context(locked(stem.with_suffix(".lock"), f"image cache {stem}", wait=True))
-        yield

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from adaptive_merge.process.locks import LockedError, in_turn
 
 __all__ = ["kept_bank", "kept_file"]
 
@@ -52,9 +46,14 @@ def kept_file(path: Path, make: Callable[[], TaskVectors], made_of: str = "") ->
         InputError: the file is damaged, or made of something else.
     """
     if not path.is_file():
-        with _alone(path):
-            if not path.is_file():
-                make().save(path, made_of)
+        try:
+            with in_turn(path.with_name(f".{path.name}.lock"), f"bank {path}"):
+                for left_over in path.parent.glob(f".{path.name}.partial-*"):
+                    left_over.unlink(missing_ok=True)  # of a process that died while it wrote
+                if not path.is_file():
+                    make().save(path, made_of)
+        except LockedError:  # on another node, and the file system has no locks: both make it, and one's is kept
+            make().save(path, made_of)
     try:
         mapped = TaskVectors.load(path)
     except InputError as error:
@@ -62,34 +61,3 @@ def kept_file(path: Path, make: Callable[[], TaskVectors], made_of: str = "") ->
     if mapped.made_of != made_of:
         raise InputError(f"{path}: it holds another bank than its name says; {_ANEW}")
     return mapped
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time, by a lock beside `path` that the system takes back when a process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-            except (OSError, AttributeError):  # no locks here: every process makes the file, and one's is kept
-                yield
-                return
-            if not _is_at(lock, file.fileno()):
-                continue  # whoever had it has removed it since
-            for left_over in path.parent.glob(f".{path.name}.partial-*"):
-                left_over.unlink(missing_ok=True)  # of a process that died while it wrote
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one at its path."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

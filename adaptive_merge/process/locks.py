@@ -7,19 +7,26 @@ NFS too); nobody ever removes what another may just have taken.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from adaptive_merge.errors import AdaptiveMergeError, StorageError
 
-__all__ = ["LockedError", "alive", "holder", "locked"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
+__all__ = ["LockedError", "alive", "holder", "in_turn", "locked"]
+
+_NO_FLOCK: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS, Lustre
 _TRIES = 20
 _LOOK_EVERY = 1.0
 
@@ -29,23 +36,23 @@ class LockedError(AdaptiveMergeError):
 
 
 @contextmanager
-def locked(stem: Path, what: str, wait: bool = False) -> Iterator[None]:
+def locked(stem: Path, what: str, wait: bool = False, else_: str = "another --run.name") -> Iterator[None]:
     """Hold the lock while the block runs.
 
     Args:
         stem: of the lock's files, in a folder that is there.
         what: the lock protects, for messages.
         wait: for a process of this machine that holds it.
+        else_: what the user may choose instead, for messages.
 
     Raises:
         LockedError: somebody else holds it.
         StorageError: no file can be made there.
     """
     try:
-        own = _patient(stem, what) if wait else _take(stem, what)
+        own = _patient(stem, what, else_) if wait else _take(stem, what, else_)
     except OSError as error:
-        reason = error.strerror or error
-        raise StorageError(f"{stem.parent}: cannot be written to ({reason}); choose another place") from error
+        raise _unwritable(stem, error) from error
     process = os.getpid()
     try:
         yield
@@ -55,6 +62,54 @@ def locked(stem: Path, what: str, wait: bool = False) -> Iterator[None]:
                 own.unlink(missing_ok=True)
 
 
+@contextmanager
+def in_turn(path: Path, what: str) -> Iterator[None]:
+    """One process after the other, by a lock on a file that the system takes back when its process ends.
+
+    Where the file system has no such locks, `locked` stands in, and waits.
+
+    Args:
+        path: of the file; nothing is left of it, but its folder.
+        what: as in `locked`.
+
+    Raises:
+        LockedError: a process that cannot be seen from here holds it.
+        StorageError: no file can be made there.
+    """
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = fcntl is not None and _wait_for(path, stack)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        if not kept:
+            stack.enter_context(locked(path, what, True, "another folder"))
+        yield
+
+
+def _wait_for(path: Path, stack: ExitStack) -> bool:
+    """Whether the file system has locks; then ours is held until the stack unwinds."""
+    while True:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        stack.callback(os.close, file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            if error.errno not in _NO_FLOCK:
+                raise
+            return False
+        with suppress(FileNotFoundError):  # whoever had it has removed it since
+            if os.path.samestat(os.stat(path), os.fstat(file)):
+                stack.callback(path.unlink, missing_ok=True)
+                return True
+
+
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    reason = error.strerror or error
+    return StorageError(f"{path.parent}: cannot be written to ({reason}); choose another place")
+
+
 def holder(stem: Path) -> dict[str, Any] | None:
     """Who holds the lock: host, process, start; None where nobody does."""
     newest = _newest(stem)
@@ -62,24 +117,24 @@ def holder(stem: Path) -> dict[str, Any] | None:
     return content if content is not None and not _gone(content) else None
 
 
-def _patient(stem: Path, what: str) -> Path:
+def _patient(stem: Path, what: str, else_: str) -> Path:
     while True:
         try:
-            return _take(stem, what)
+            return _take(stem, what, else_)
         except LockedError:
             if _far(holder(stem) or {}):
                 raise
             time.sleep(_LOOK_EVERY)
 
 
-def _take(stem: Path, what: str) -> Path:
+def _take(stem: Path, what: str, else_: str) -> Path:
     draft = stem.with_name(f"{stem.name}.partial-{os.getpid()}")
-    draft.write_text(json.dumps(_ourselves()))
     try:
+        draft.write_text(json.dumps(_ourselves()))
         for _ in range(_TRIES):
             number, path = _newest(stem) or (0, None)
             if path is not None and (content := _settled(path)) is not None and not _gone(content):
-                raise LockedError(_told(content, path, what))
+                raise LockedError(_told(content, path, what, else_))
             own = stem.with_name(f"{stem.name}.{number + 1}")
             if _made(draft, own) and _undisputed(stem, own, path):
                 return own
@@ -177,13 +232,13 @@ def _far(content: dict[str, Any]) -> bool:
     return bool(content) and any(content.get(key) != us[key] for key in ("host", "space"))
 
 
-def _told(content: dict[str, Any], path: Path | None, what: str) -> str:
+def _told(content: dict[str, Any], path: Path | None, what: str, else_: str) -> str:
     whose = f"process {content.get('process')} on {content.get('host')}, since {content.get('since')}"
     if not _far(content):
-        return f"{what}: in use by {whose}; wait until it has ended, stop it, or choose another --run.name"
+        return f"{what}: in use by {whose}; wait until it has ended, stop it, or choose {else_}"
     return (
         f"{what}: in use by {whose}, as far as can be seen from here; where that process is gone, remove `{path}` and "
-        "start again, else choose another --run.name"
+        f"start again, else choose {else_}"
     )
 
 

@@ -49,11 +49,14 @@ class Preempted(SystemExit):
     Args:
         code: 130, 143 or 75.
         saved: whether the end of the last step was saved.
+
+    Attributes:
+        announced: whether the user has read what is on the disk.
     """
 
     def __init__(self, code: int, saved: bool = False) -> None:
         super().__init__(code)
-        self.saved = saved
+        self.saved, self.announced = saved, False
 
 
 class Signals:

@@ -11,7 +11,7 @@ import numpy as np
 from adaptive_merge.report import figures
 from adaptive_merge.report.panels import Plan
 from adaptive_merge.report.statistics import mean_and_deviation, sign_flip_test
-from adaptive_merge.report.style import printable
+from adaptive_merge.report.style import short
 from adaptive_merge.report.summary import gap_closed
 from adaptive_merge.report.terms import ORACLE, protocol, terms
 from adaptive_merge.runs.reading import Run
@@ -155,14 +155,14 @@ def _contrast(best: Group, other: Group) -> Contrast:
 
 def comparison_plans(groups: Sequence[Group]) -> Iterator[Plan]:
     """Overlays of all groups."""
-    named = {f"{index + 1} {printable(group.name, 20)}": group for index, group in enumerate(groups)}
+    named = {f"{index + 1} {short(group.name, 20)}": group for index, group in enumerate(groups)}
     several = len(alike(groups)) > 1
     for shared in alike(groups):
         members = {name: group for name, group in named.items() if group.terms == shared}
         measure = next(iter(members.values())).runs[0].measure
         part = {name: group.per_task() for name, group in members.items()}
         yield (
-            f"Adapted {measure} per task{f', protocol {printable(shared, 60)}' if several else ''}",
+            f"Adapted {measure} per task{f', protocol {short(shared, 60)}' if several else ''}",
             "Merged tasks. Bars are means of a group, dots its runs.",
             lambda part=part, measure=measure: figures.compare_bars(part, measure),
             False,

@@ -20,7 +20,7 @@ from adaptive_merge.report.compare import Group, alike, comparison_plans, contra
 from adaptive_merge.report.figures import recovered
 from adaptive_merge.report.panels import Panel, Section, draw
 from adaptive_merge.report.sections import run_sections
-from adaptive_merge.report.style import SERIES, VIEW_NAMES, printable
+from adaptive_merge.report.style import SERIES, VIEW_NAMES, short
 from adaptive_merge.report.summary import Card, cards, duration, gap_closed, warnings_of
 from adaptive_merge.report.terms import ORACLE, alarms, choice, sentence, start, start_choices, terms
 from adaptive_merge.runs.measures import improvement, normalised
@@ -72,7 +72,7 @@ def report_run(folder: str | Path) -> Path | None:
 def _content(runs: list[Run], tsne: bool) -> dict[str, Any]:
     detailed = len(runs) <= _DETAILED
     oracles = sum(uses_labels(run.results) for run in runs)
-    name = f"{len(runs)} runs" if len(runs) > 1 else printable(runs[0].name, 60)
+    name = f"{len(runs)} runs" if len(runs) > 1 else short(runs[0].name, 60)
     mark = f" · {f'{oracles} ' if len(runs) > 1 else ''}{ORACLE}" if oracles else ""
     return {
         "runs": [_run_content(run, f"r{number}", tsne, detailed) for number, run in enumerate(runs)],
@@ -88,8 +88,8 @@ def _content(runs: list[Run], tsne: bool) -> dict[str, Any]:
 def _run_content(run: Run, prefix: str, tsne: bool, detailed: bool) -> dict[str, Any]:
     results = run.results
     return {
-        "name": printable(run.name, 60) + (f" · {ORACLE}" if uses_labels(results) else ""),
-        "recipe": printable(results["recipe"], 60),
+        "name": short(run.name, 60) + (f" · {ORACLE}" if uses_labels(results) else ""),
+        "recipe": short(results["recipe"], 60),
         "seed": results.get("seed"),
         "terms": sentence(run),
         "choice": choice(run),
@@ -106,7 +106,7 @@ def _run_content(run: Run, prefix: str, tsne: bool, detailed: bool) -> dict[str,
         "online": results["online"] is not None,
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
         "versions": results.get("versions", {}),
-        "experts": [(printable(task, 60), digest) for task, digest in results.get("experts", {}).items()],
+        "experts": [(short(task, 60), digest) for task, digest in results.get("experts", {}).items()],
         "notes": run.notes,
     }
 
@@ -116,7 +116,7 @@ def _tasks(run: Run) -> list[dict[str, Any]]:
     nai = improvement(run.tasks, "adapted")
     return [
         {
-            "name": printable(task, 60),
+            "name": short(task, 60),
             "unseen": task not in run.merged,
             "adapted_on": protocol["adapted_on"][task] if protocol else None,
             "row": row,
@@ -154,8 +154,8 @@ def _comparison(runs: list[Run]) -> dict[str, Any]:
         "rows": [_row(run, group.name) for group in groups for run in group.runs],
         "groups": [
             {
-                "name": printable(group.name, 60),
-                "terms": printable(group.terms, 80),
+                "name": short(group.name, 60),
+                "terms": short(group.terms, 80),
                 "runs": len(group.runs),
                 "spread": group.spread,
                 "gap": group.gap,
@@ -175,7 +175,7 @@ def _best(groups: list[Group]) -> list[Card]:
     best = groups[0]
     mean, deviation = best.spread
     found = [
-        Card("best method", printable(best.name, 26), f"of {len(best.runs)} run{'s' if len(best.runs) > 1 else ''}"),
+        Card("best method", short(best.name, 26), f"of {len(best.runs)} run{'s' if len(best.runs) > 1 else ''}"),
         Card(
             f"its adapted {best.runs[0].measure}",
             _percent(mean),
@@ -188,18 +188,16 @@ def _best(groups: list[Group]) -> list[Card]:
 
 
 def _best_on(shared: str, best: Group) -> Card:
-    return Card(
-        f"best, protocol {printable(shared, 60)}", printable(best.name, 26), f"{_percent(best.spread[0])} adapted"
-    )
+    return Card(f"best, protocol {short(shared, 60)}", short(best.name, 26), f"{_percent(best.spread[0])} adapted")
 
 
 def _row(run: Run, group: str) -> dict[str, Any]:
     results, stopped = run.results, run.results["guard"].get("stopped")
     return {
-        "run": printable(run.name, 40),
+        "run": short(run.name, 40),
         "stopped": stopped["step"] if stopped else None,
-        "method": printable(group, 40),
-        "terms": printable(terms(run), 80),
+        "method": short(group, 40),
+        "terms": short(terms(run), 80),
         "seed": results.get("seed"),
         "average": results["average"],
         "gap": gap_closed(run),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import unicodedata
 import warnings
 from collections.abc import Mapping
 
@@ -14,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+
+from adaptive_merge.errors import printable
 
 __all__ = [
     "DIVERGING",
@@ -30,7 +31,7 @@ __all__ = [
     "colour",
     "label",
     "legend",
-    "printable",
+    "short",
     "styled",
     "to_array",
     "to_svg",
@@ -126,16 +127,15 @@ def colour(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
-def printable(name: object, limit: int = 22) -> str:
-    """A name from outside as short, single-line text: control characters and direction overrides go."""
-    text = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in str(name))
-    text = " ".join(text.split()) or "(no name)"
+def short(name: object, limit: int = 22) -> str:
+    """A name from outside as short, single-line text: control characters are written out."""
+    text = " ".join(printable(str(name)).split()) or "(no name)"
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def label(name: object, limit: int = 22) -> str:
     """The same for a figure, where `$` would start mathematics."""
-    return printable(name, limit).replace("$", r"\$")
+    return short(name, limit).replace("$", r"\$")
 
 
 def to_svg(figure: Figure, name: str) -> str:

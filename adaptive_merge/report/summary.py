@@ -8,7 +8,7 @@ import numpy as np
 
 from adaptive_merge.engine.views import gain, percent
 from adaptive_merge.report.figures import recovered
-from adaptive_merge.report.style import printable
+from adaptive_merge.report.style import short
 from adaptive_merge.report.terms import ORACLE, guard_warnings, meaning, protocol
 from adaptive_merge.runs.reading import Run
 from adaptive_merge.runs.results import uses_labels
@@ -35,7 +35,7 @@ def cards(run: Run) -> list[Card]:
     kind = "prequential mean" if results["online"] else "mean"
     shown = [
         *([Card("chosen by labels", ORACLE, "not a label-free result")] if uses_labels(results) else []),
-        Card("protocol", printable(protocol(run), 18), meaning(run)),
+        Card("protocol", short(protocol(run), 18), meaning(run)),
         Card(f"adapted {run.measure}", f"{percent(average['adapted']):.1f} %", f"{kind} of {len(run.merged)} tasks"),
         *_unseen(run),
         Card("gain over the merge", f"{gain(average['adapted'], average['initial']):+.1f}", "percentage points"),
@@ -44,7 +44,7 @@ def cards(run: Run) -> list[Card]:
         Card(
             "trainable parameters",
             f"{results.get('trainable_parameters', 0):,}",
-            f"recipe {printable(results['recipe'], 18)}",
+            f"recipe {short(results['recipe'], 18)}",
         ),
     ]
     if run.history is not None and np.isfinite(run.history.throughput).any():
@@ -73,7 +73,7 @@ def warnings_of(run: Run) -> list[str]:
     """What a reader of this run should not miss, as plain sentences."""
     found = guard_warnings(run)
     for task, row in run.tasks.items():
-        name = printable(run.shown(task), 40)
+        name = short(run.shown(task), 40)
         if row["adapted"] < row["initial"] - _CHANCE:
             lost = gain(row["initial"], row["adapted"])
             found.append(f"{name}: adaptation lost {lost:.1f} points against the merge that it started from.")
@@ -83,7 +83,7 @@ def warnings_of(run: Run) -> list[str]:
             found.append(f"{name}: the pre-trained model beats the merge before adaptation.")
         if row["pretrained"] > row["individual"] + _CHANCE:
             found.append(f"{name}: the expert is worse than the pre-trained model on its own task.")
-    few = [f"{printable(task, 40)} ({row['n']:.0f})" for task, row in run.tasks.items() if row["n"] < _FEW]
+    few = [f"{short(task, 40)} ({row['n']:.0f})" for task, row in run.tasks.items() if row["n"] < _FEW]
     if few:
         found.append(f"Few test images, so that a single one weighs a percentage point or more: {', '.join(few)}.")
     if run.history is not None and not np.isfinite(run.history.coefficients).all():
@@ -100,7 +100,7 @@ def _collapse(run: Run) -> list[str]:
         if curve is None or len(curve[1]) < 10:
             continue
         if np.mean(curve[1][-5:]) < 0.02 and row["adapted"] < row["initial"]:
-            found.append(f"{printable(task, 40)}: entropy collapsed to almost zero while {run.measure} fell.")
+            found.append(f"{short(task, 40)}: entropy collapsed to almost zero while {run.measure} fell.")
     return found
 
 

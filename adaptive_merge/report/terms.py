@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptive_merge.engine.views import percent
-from adaptive_merge.report.style import printable
+from adaptive_merge.report.style import short
 from adaptive_merge.runs.reading import Run
 from adaptive_merge.runs.record import MEASURES
 from adaptive_merge.runs.results import MOST_WARNINGS, footing, uses_labels
@@ -100,7 +100,7 @@ def start(run: Run) -> str:
     images = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     average = run.results["average"]
     return (
-        f"Start: {printable(record['kind'], 60)}, solved from {images} unlabelled images a task in "
+        f"Start: {short(record['kind'], 60)}, solved from {images} unlabelled images a task in "
         f"{record['seconds']:.0f} s. The static merge before it: {percent(average['anchor']):.1f} %; after it, before "
         f"the first step: {percent(average['initial']):.1f} %, which figures and tables below call merged."
     )
@@ -112,7 +112,7 @@ def start_choices(run: Run) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for row in rows for name in row["settings"])
     changing = [name for name in names if len({str(row["settings"].get(name)) for row in rows}) > 1]
     return [
-        {**row, "words": ", ".join(f"{name} {printable(str(row['settings'].get(name)), 20)}" for name in changing)}
+        {**row, "words": ", ".join(f"{name} {short(str(row['settings'].get(name)), 20)}" for name in changing)}
         for row in rows
     ]
 
@@ -124,7 +124,7 @@ def alarms(run: Run) -> list[str]:
         found.append(f"{ORACLE}: labels chose the step that was kept: not a label-free result.")
     if stopped := run.results["guard"].get("stopped"):
         found.append(
-            f"The guard ended this run at step {stopped['step']}: {printable(stopped['reason'], 200)}. "
+            f"The guard ended this run at step {stopped['step']}: {short(stopped['reason'], 200)}. "
             f"The model was set back to step {stopped['restored_step']}."
         )
     return found
@@ -139,11 +139,11 @@ def guard_warnings(run: Run) -> list[str]:
     found = []
     for signal, tasks in seen.items():
         told = [
-            f"{'all tasks together' if task is None else printable(task, 40)} from step {min(steps)}, "
+            f"{'all tasks together' if task is None else short(task, 40)} from step {min(steps)}, "
             + ("once" if len(steps) == 1 else f"{len(steps)} times")
             for task, steps in tasks.items()
         ]
-        found.append(f"The guard saw {_SIGNALS.get(signal, printable(signal, 40))}: {'; '.join(told)}.")
+        found.append(f"The guard saw {_SIGNALS.get(signal, short(signal, 40))}: {'; '.join(told)}.")
     if len(warnings) >= MOST_WARNINGS:
         found.append(f"Only the guard's first {MOST_WARNINGS} warnings were recorded; there may have been more.")
     return found

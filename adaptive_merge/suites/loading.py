@@ -145,10 +145,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise MissingFileError(
             f"{path}: there is no such file; a suite is 'embedded' or a folder that holds suite.json"
         )
-    manifest = read_json(path)
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: expected a JSON object that describes a suite, found a {type(manifest).__name__}")
-    return manifest
+    return read_json(path)
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.weights.folders import read_json
+from adaptive_merge.limits import read_json
 from adaptive_merge.weights.manifest import Manifest
 from adaptive_merge.weights.open_clip import statement_of
 from adaptive_merge.weights.reader import check_shapes

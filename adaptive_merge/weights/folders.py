@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from adaptive_merge import limits
 from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.limits import read_json
 from adaptive_merge.weights.files import read_files
 from adaptive_merge.weights.manifest import Manifest, Weights
 from adaptive_merge.weights.reader import Reader
 
-__all__ = ["Folder", "read_json"]
+__all__ = ["Folder"]
 
 
 class Folder(Reader):
@@ -53,14 +53,6 @@ class Folder(Reader):
     def read(self, path: Path, base: Weights | None = None) -> Weights:
         folder = path if path.is_dir() else path.parent
         return read_files(self.inside(path), path, [self.statement(folder)], self.format)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one readable error."""
-    content = limits.read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"`{path}`: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _shards(index: Path) -> list[Path]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from adaptive_merge.errors import InputError, MissingFileError
-from adaptive_merge.weights.folders import Folder, read_json
+from adaptive_merge.limits import read_json
+from adaptive_merge.weights.folders import Folder
 from adaptive_merge.weights.huggingface_names import from_huggingface, to_huggingface
 from adaptive_merge.weights.manifest import Manifest, triple, whole
 

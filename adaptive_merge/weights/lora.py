@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.limits import read_json
 from adaptive_merge.merge.factors import Change, Product
 from adaptive_merge.weights.files import open_entries
-from adaptive_merge.weights.folders import Folder, read_json
+from adaptive_merge.weights.folders import Folder
 from adaptive_merge.weights.huggingface_names import from_huggingface
 from adaptive_merge.weights.manifest import Manifest, Weights, sha256_of_files
 from adaptive_merge.weights.reader import check_finite

@@ -12,9 +12,8 @@ from open_clip.model import CLIP
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.limits import LAYERS, LimitError
+from adaptive_merge.limits import LAYERS, LimitError, read_json
 from adaptive_merge.weights.files import open_entries
-from adaptive_merge.weights.folders import read_json
 from adaptive_merge.weights.manifest import whole
 from adaptive_merge.weights.open_clip import OpenClip
 from adaptive_merge.weights.open_clip_names import BLOCK, tower_prefix, unwrapped

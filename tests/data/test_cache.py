@@ -78,7 +78,7 @@ def test_each_image_is_decoded_once_over_interruptions(folder, tmp_path, monkeyp
     cached_images(source, tmp_path, 16, name="pets")
     assert len(loaded) == first + 7
     assert found.fingerprint == cached_images(folder_source(folder), tmp_path / "other", 16, name="pets").fingerprint
-    assert {path.suffix for path in tmp_path.glob("pets-*")} == {".u8", ".json", ".lock"}
+    assert {path.suffix for path in tmp_path.glob("pets-*")} == {".u8", ".json"}
 
 
 def test_another_list_of_files_or_size_is_another_cache(folder, tmp_path):

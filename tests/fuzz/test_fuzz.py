@@ -134,7 +134,7 @@ def judge(counts, wrong, longest, before: int, record_property) -> None:
     sys.stdout.write(f"\n{figures}\n")
     assert not wrong, f"{len(wrong)} of {sum(counts.values())}:\n" + "\n".join(wrong[:40])
     # Tests before these, in the same process, may have left more; by itself, as the figures are taken, MEMORY counts.
-    assert peak <= max(MEMORY, before + (1 << 30) if before > MEMORY else 0)
+    assert peak <= max(MEMORY, before + (1 << 30))
     assert counts["refused"] > 0.3 * sum(counts.values())
 
 

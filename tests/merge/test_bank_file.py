@@ -1,5 +1,6 @@
 """A bank made once: by one process while the others wait, and by another one where the first dies."""
 
+import errno
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from processes import start, wait
 import adaptive_merge as am
 from adaptive_merge.engine.transformed import transformed
 from adaptive_merge.merge.bank_file import kept_bank, kept_file
+from adaptive_merge.process import locks
 from adaptive_merge.transforms import TSVM
 
 
@@ -35,7 +37,14 @@ def read_by(path, make, result):
     torch.save(kept_file(path, make, "twice").vectors.clone(), result)
 
 
-def test_of_two_processes_one_makes_it_and_the_other_reads_it(bank, tmp_path):
+def refuse(*_):
+    raise OSError(errno.ENOLCK, "no locks available")
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_of_two_processes_one_makes_it_and_the_other_reads_it(bank, tmp_path, monkeypatch, flock):
+    if not flock:  # NFS, Lustre
+        monkeypatch.setattr(locks.fcntl, "flock", refuse)
     make = Slow(bank, tmp_path)
     results = [tmp_path / f"{number}.pt" for number in range(2)]
     path = tmp_path / "banks" / "made.safetensors"

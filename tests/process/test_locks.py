@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -10,8 +11,9 @@ import time
 import pytest
 from processes import start, texts, wait
 
+from adaptive_merge.errors import StorageError
 from adaptive_merge.process import locks
-from adaptive_merge.process.locks import LockedError, holder, locked
+from adaptive_merge.process.locks import LockedError, holder, in_turn, locked
 
 
 def hold(folder, gate):
@@ -113,6 +115,32 @@ def test_the_same_slurm_job_started_again_takes_over_from_any_host(tmp_path, mon
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with locked(tmp_path / ".lock", "the folder"):
         pass
+
+
+def take_on_a_full_disk(path, lock):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    with pytest.raises(StorageError, match="cannot be written to"), lock(path, "the folder"):
+        pass
+    return len(list(path.parent.glob(".lock*")))
+
+
+def test_a_full_disk_leaves_no_part_of_a_lock(tmp_path):
+    assert wait(start(take_on_a_full_disk, tmp_path / ".lock", locked, log="/dev/null"), 20) == 0
+
+
+def unsupported(*_):
+    raise OSError(errno.ENOLCK, "no locks available")
+
+
+def test_what_has_no_turn_elsewhere_says_what_to_choose(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    (tmp_path / ".lock.1").write_text(json.dumps(locks._ourselves() | {"host": "elsewhere"}))
+    with pytest.raises(StorageError), in_turn(tmp_path / ".lock", "the cache"):
+        pass
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    with pytest.raises(LockedError, match="remove .* else choose another folder"), in_turn(tmp_path / ".lock", "it"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lock.1"]
 
 
 def test_a_damaged_lock_is_nobodys(tmp_path):

@@ -91,6 +91,13 @@ def test_each_signal_has_its_exit_code(work, number, environment, code):
     assert (work / "scontrol.txt").exists() == (code == 75)
 
 
+def test_a_signal_while_the_program_is_loaded_is_told(work):
+    arguments = ["fit", "--config", "quick.yaml"]
+    place = ("adaptive_merge.cli.allowlist", "restrict_imports")
+    assert wait(start(told, *place, signal.SIGINT, arguments, log=work / "run.log"), 60) == 130
+    assert texts(work) == "adaptive-merge: told to stop while no run was under way (exit code 130)\n"
+
+
 def twice():
     with Signals(deferred=True) as asked:
         os.kill(os.getpid(), signal.SIGINT)
