@@ -11,6 +11,7 @@ import pickle  # noqa: S403
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -133,6 +134,7 @@ def labelled_files(dataset: Any) -> list[tuple[Path, int]]:
     return [(Path(path), int(label)) for path, label in pairs]
 
 
+@cache
 def shapes_alone() -> AbstractContextManager[Any]:
     """Tensors made in here, or of those, have shape, type and device and no numbers (torch 2.6 to 2.14).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -71,34 +72,41 @@ def write_stub(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(header) + end)
 
 
-def measured_peak(arguments: list[str], warm: list[str]) -> int:
-    """Bytes of resident memory at the peak of `fit`, above what its process has after a run of the same program.
+def measured_peaks(warm: list[str], *runs: list[str]) -> list[int]:
+    """Bytes of resident memory at the peak of each `fit`, above what its process has before it.
 
-    The first run, `warm`, is of a tower that is small: libraries, threads and caches of code are there afterwards.
+    The first run, `warm`, is of a small tower: libraries, threads and caches of code are there afterwards. Blocks that
+    are let go of go back to the system at once, so that what is resident is what is alive.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, json.dumps([warm, arguments])]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    command = [sys.executable, __file__, json.dumps([warm, *runs])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise AssertionError(done.stdout + done.stderr)
-    return int(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def _measure(warm: list[str], arguments: list[str]) -> None:
+def _measure(warm: list[str], *runs: list[str]) -> None:
     from adaptive_merge.__main__ import main
 
     torch.set_num_threads(1)
-    if main(["fit", *warm]):
-        raise SystemExit("the first run failed")
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
-    if main(["fit", *arguments]):
-        raise SystemExit("the run failed")
-    sys.stdout.write(f"\n{_resident('VmHWM') - before}\n")
+    peaks = []
+    for run in (warm, *runs):
+        gc.collect()
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+        if main(["fit", *run]):
+            raise SystemExit("a run failed")
+        peaks.append(_resident("VmHWM") - before)
+    sys.stdout.write(f"\n{json.dumps(peaks[1:])}\n")
 
 
 if __name__ == "__main__":

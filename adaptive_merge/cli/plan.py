@@ -157,7 +157,8 @@ def _of_run(module: AdaptiveMerge, stream: TaskStream, trainer: Namespace, world
     autocast = str(trainer.precision) in ("bf16-mixed", "16-mixed", "bf16", "16")
     learned = sum(parameter.numel() for parameter in module.learned)
     cpu = _is_cpu(trainer)
-    trace = traced(module, sizes, stream.eval_batch_size, image, world, autocast)
+    scored = min(stream.eval_batch_size, max(map(len, stream.images.values())))
+    trace = traced(module, sizes, scored, image, world, autocast)
     memory = {
         kind: dataclasses.asdict(footprint(module, trace, stream.images, kind, world, cpu)) for kind in KINDS
     }

@@ -7,13 +7,13 @@ where a step looks at numbers, as masks and maxima over tasks do, layer-wise coe
 from __future__ import annotations
 
 import gc
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adaptive_merge import upstream
 from adaptive_merge.coefficients.linear import LayerWise
@@ -43,12 +43,19 @@ class Trace:
 
 
 class _Alive(upstream.DispatchMode):
-    """Counts the bytes of all tensors that operations make while they are alive."""
+    """Counts the bytes of all tensors that operations make while they are alive.
 
-    def __init__(self) -> None:
+    Args:
+        known: what is there before, and counted elsewhere.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        for value in known:
+            reference = StorageWeakRef(value.untyped_storage())
+            self._held[reference.cdata] = (reference, 0)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -58,15 +65,15 @@ class _Alive(upstream.DispatchMode):
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += self._sizes[key]
+        reference = StorageWeakRef(storage)
+        if reference.cdata in self._held:
+            return
+        self._held[reference.cdata] = (reference, storage.nbytes())
+        self.now += storage.nbytes()
+        if self.now > self.peak:  # only now is it worth a look at who is gone
+            self._held = {key: entry for key, entry in self._held.items() if not entry[0].expired()}
+            self.now = sum(size for _, size in self._held.values())
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
 
 
 def traced(
@@ -95,6 +102,13 @@ def traced(
         return Trace(step, _evaluation(module, next(iter(sizes)), scored, image), joint, alike)
 
 
+def _banks(module: AdaptiveMerge) -> list[Tensor]:
+    banks = (module.experts, module.model.backbone.task_vectors)
+    held = [(bank.pretrained, *bank.buffers.values(), *bank.own.values()) for bank in banks]
+    vectors = [(bank.vectors,) if bank.factors is None else bank.factors.named("").values() for bank in banks]
+    return [value for values in (*held, *vectors) for value in values]
+
+
 def _batch(count: int, image: tuple[int, ...]) -> dict[str, Tensor]:
     return {"image": torch.empty(count, *image, dtype=torch.uint8), "index": torch.arange(count)}
 
@@ -108,7 +122,7 @@ def _hollow(module: nn.Module) -> None:
 
 def _step(module: AdaptiveMerge, objective: Objective, batch: Batch, joint: bool) -> tuple[int, bool]:
     """Bytes at the peak, and whether they are the step's own."""
-    with _Alive() as alive:
+    with _Alive(_banks(module)) as alive:
         try:
             _run(module, objective, batch, joint)
             return alive.peak, True
@@ -144,7 +158,7 @@ def _evaluation(module: AdaptiveMerge, task: str, count: int, image: tuple[int, 
     module.eval()
     views = module.views
     views.release()
-    with _Alive() as alive:
+    with _Alive(_banks(module)) as alive:
         batch = _batch(count, image)
         views.prepare("adapted")
         prediction = module.model(task, batch["image"], views.weights("adapted", task))
