@@ -13,7 +13,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "callbacks": ["Guard", "Ledger"],
     "cli.loading": ["load_checkpoint", "load_run"],
-    "cli.plan": ["plan"],
     "cli.script": ["fit"],
     "data": ["Corruption", "Holdout", "Images", "Online", "Protocol", "TaskStream", "Transductive", "Unseen"],
     "engine.module": ["AdaptiveMerge"],

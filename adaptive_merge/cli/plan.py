@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Final
 
 import pytorch_lightning as pl
+import torch
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from adaptive_merge.cli.fit import AdaptiveMergeCLI
-from adaptive_merge.cli.grid import arguments_of
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.cli.trainer import check_end, check_trainer
 from adaptive_merge.data.stream import TaskStream
@@ -32,7 +31,7 @@ from adaptive_merge.runs.journal import Journal
 from adaptive_merge.suites.check import TaskCheck, check_suite
 from adaptive_merge.weights.headers import headers_only
 
-__all__ = ["plan", "printed"]
+__all__ = ["plan"]
 
 _SHOWN: Final = {
     "bank": "bank on the device",
@@ -46,16 +45,17 @@ _SHOWN: Final = {
 _HOST: Final = {
     "bank": "bank in host memory",
     "transformed": "bank of transforms",
+    "start": "bank around a start",
     "loaded": "tower as loaded",
     "images": "images",
     "outputs": "outputs of experts",
 }
 
 
-def printed(arguments: list[str]) -> None:
+def plan(arguments: list[str]) -> None:
     """Say what `fit` with these arguments would read, take and write; nothing is written, no expert is read."""
     parser = Parser(
-        "adaptive-merge plan", description=printed.__doc__, epilog="All other options are those of adaptive-merge fit."
+        "adaptive-merge plan", description=plan.__doc__, epilog="All other options are those of adaptive-merge fit."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -76,22 +76,6 @@ def printed(arguments: list[str]) -> None:
         _show(result)
     if wrong := [task for task, row in result["tasks"].items() if row["problem"]]:
         raise InputError(f"{len(wrong)} of {len(result['tasks'])} tasks cannot be used yet: {', '.join(wrong)}")
-
-
-def plan(*configs: str, processes: int | None = None, probe: int = 0, **settings: Any) -> dict[str, Any]:
-    """What `adaptive-merge plan --json` prints, of configurations and options given as to `am.fit`.
-
-    Args:
-        configs: files, or names of recipes; later ones override earlier ones.
-        processes: of the whole run; default: those of the configuration.
-        probe: steps to time.
-        settings: options of the command line without their dashes, such as `**{"suite.name": "my_suite"}`.
-
-    Raises:
-        InputError: whatever `fit` would refuse of the settings; a task that cannot be used is in the result instead.
-    """
-    options = arguments_of(json.loads(json.dumps(settings, default=str)))
-    return _plan([*(part for config in configs for part in ("--config", config)), *options], processes, probe)
 
 
 class _Outline(AdaptiveMergeCLI):
@@ -145,58 +129,56 @@ def _of_run(module: AdaptiveMerge, stream: TaskStream, trainer: Namespace, world
     if trainer.max_steps != 0:
         module.check_learns()
     check_end(trainer, endless=not stream.draws.end)
-    draws, micro = stream.draws, trainer.accumulate_grad_batches
-    steps = -(-draws.end // micro) if draws.end and trainer.max_steps != 0 else trainer.max_steps
-    first = draws[0]
-    if stream.share == "tasks":
-        owned = list(first)[::world]
-        sizes = {task: len(first[task]) for task in owned}
-    else:
-        sizes = {task: -(-len(index) // world) for task, index in first.items()}
-    image = tuple(next(iter(stream.images.values())).take(draws[0][next(iter(sizes))][:1]).shape[1:])
-    autocast = str(trainer.precision) in ("bf16-mixed", "16-mixed", "bf16", "16")
-    learned = sum(parameter.numel() for parameter in module.learned)
-    cpu = _is_cpu(trainer)
+    sizes, on_cpu = _sizes(stream, world), _on_cpu(trainer)
+    image = tuple(stream.images[next(iter(sizes))].take(torch.zeros(1, dtype=torch.long)).shape[1:])
     scored = min(stream.eval_batch_size, max(map(len, stream.images.values())))
-    trace = traced(module, sizes, scored, image, world, autocast)
-    memory = {
-        kind: dataclasses.asdict(footprint(module, trace, stream.images, kind, world, cpu)) for kind in KINDS
-    }
+    trace = traced(module, sizes, scored, image, world, str(trainer.precision).startswith(("bf16", "16")))
+    memory = {kind: asdict(footprint(module, trace, stream.images, kind, world, on_cpu)) for kind in KINDS}
     return {
         "experts": len(module.tasks),
         "parameters": module.experts.layout.numel,
-        "learned": learned,
-        "bank_bytes": bank_bytes(module.experts),
+        "learned": sum(parameter.numel() for parameter in module.learned),
         "processes": world,
-        "device": "cpu" if cpu else "accelerator",
+        "device": "cpu" if on_cpu else "accelerator",
         "placement": module.model.backbone.kind,
         "memory": memory,
         "step": {
-            "images": sum(len(index) for index in first.values()),
+            "images": sum(len(index) for index in stream.draws[0].values()),
             "graph": "joint" if trace.joint else "per_task",
-            "exact": trace.alike,
+            "exact": trace.exact,
         },
-        "steps": steps,
+        "steps": _steps(stream, trainer),
     }
 
 
-def _is_cpu(trainer: Namespace) -> bool:
-    from torch import cuda
+def _steps(stream: TaskStream, trainer: Namespace) -> int | None:
+    """Of the optimiser; None where time alone ends the run."""
+    known = [] if trainer.max_steps == -1 else [trainer.max_steps]
+    if stream.draws.end is not None:
+        known.append(-(-stream.draws.end // trainer.accumulate_grad_batches))
+    return min(known, default=None)
 
-    accelerator = str(trainer.accelerator)
-    return accelerator == "cpu" or (accelerator == "auto" and not cuda.is_available())
+
+def _sizes(stream: TaskStream, world: int) -> dict[str, int]:
+    """Task → images of a step on the first process, which has the most."""
+    first = {task: len(index) for task, index in stream.draws[0].items()}
+    if stream.share == "tasks":
+        return {task: first[task] for task in list(first)[::world]}
+    return {task: -(-size // world) for task, size in first.items()}
+
+
+def _on_cpu(trainer: Namespace) -> bool:
+    return trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
 
 
 def _files(cli: _Outline) -> dict[str, int | None]:
     """What would be written → its bytes, where they are known before."""
     module, settings = cli.model, cli.settings
     learned = 4 * sum(parameter.numel() for parameter in module.learned)
+    record = ("images", "history", "diagnostics")
     names: dict[str, int | None] = {
-        "config.yaml": None,
-        "metrics.csv": None,
+        **dict.fromkeys(("config.yaml", "metrics.csv", "results.json", *(f"{name}.safetensors" for name in record))),
         "checkpoints/last.ckpt": 3 * learned,
-        "results.json": None,
-        "images.safetensors": None,
     }
     names |= {"coefficients.json": None} if module.coefficients.display() is not None else {}
     names |= {"start.safetensors": 8 * module.experts.layout.numel} if module.start is not None else {}
@@ -207,7 +189,7 @@ def _files(cli: _Outline) -> dict[str, int | None]:
     return files
 
 
-def _probe(cli: _Outline, count: int, steps: int) -> dict[str, Any]:
+def _probe(cli: _Outline, count: int, steps: int | None) -> dict[str, Any]:
     """Seconds of a step on this machine, on one device; nothing is written but caches of images and banks."""
     times: list[float] = []
     trainer = pl.Trainer(
@@ -230,7 +212,7 @@ def _probe(cli: _Outline, count: int, steps: int) -> dict[str, Any]:
     trainer.fit(cli.model, datamodule=cli.datamodule)
     # The first step reads the bank for the first time.
     typical = statistics.median(times[1:] or times)
-    return {"steps": len(times), "seconds_per_step": typical, "seconds": steps * typical if steps > 0 else None}
+    return {"steps": len(times), "seconds_per_step": typical, "seconds": None if steps is None else steps * typical}
 
 
 class _Stopwatch(pl.Callback):
@@ -254,15 +236,14 @@ def _show(result: Mapping[str, Any]) -> None:
     for task, row in result["tasks"].items():
         problem = row["problem"] or ""
         counts = (f"{row['images']:,}" if row["images"] else "", str(row["classes"] or ""))
-        table.add_row(
-            Text(printable(task)), "no" if problem else "yes", *counts, Text(printable(problem)), style="red" * bool(problem)
-        )
+        cells = (Text(printable(task)), "no" if problem else "yes", *counts, Text(printable(problem)))
+        table.add_row(*cells, style="red" if problem else "")
     Console().print(table)
     if "memory" not in result:
         return
     write(
         f"{result['experts']} experts of {result['parameters']:,} parameters, {result['learned']:,} learn; "
-        f"{result['steps']:,} steps of {result['step']['images']} images ({result['step']['graph']}) on "
+        f"{'?' if result['steps'] is None else result['steps']} steps of {result['step']['images']} images ({result['step']['graph']}) on "
         f"{result['processes']} processes"
     )
     Console().print(_memory(result))

@@ -16,7 +16,7 @@ Command = Callable[[list[str]], None]
 # Name → what it does, and `module:function` under this package.
 COMMANDS: Final = {
     "fit": ("adapt a merge on unlabelled test images and write a run folder", "fit:fit"),
-    "plan": ("say what a fit would read, take and write, before it is started", "plan:printed"),
+    "plan": ("say what a fit would read, take and write, before it is started", "plan:plan"),
     "validate": ("score the merge that a configuration starts from; nothing is written", "fit:validate"),
     "predict": ("write what an adapted model says about a folder of images", "predict:predict"),
     "merge": ("write the merged weights of a run or a recipe as safetensors", "merge:merge"),

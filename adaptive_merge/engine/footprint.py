@@ -6,8 +6,9 @@ evaluation that `traced` counts (θ, its gradient, activations, the expert that 
     bank       (T b + 4) P on a device where it is resident; two pieces of it, or a W-th, else
     exchange   4 P (1 + 1/W) of gradients and a slice of θ, of a sharded bank, once activations are gone
     state      12 bytes for each number that learns: itself and Adam's two moments
-    host       (T b + 4) P of the experts, T b P more where transforms make a bank of their own, 4 P of the tower as it
-               was loaded, images that are not mapped, what frozen networks said of them
+    host       (T b + 4) P of the experts, T b P more where transforms make a bank of their own, (T b + 8) P where a
+               start does, 4 P of the tower as it was loaded, images that are not mapped, what frozen networks said of
+               them; what a start takes while it is solved is left out
     total      bank + state + max(S, exchange + θ + ∂L/∂θ, E); where the device is the CPU, host + state + the same
 
 Held against measured peaks by tests/cli/test_plan.py.
@@ -84,6 +85,7 @@ def footprint(
     host = {
         "bank": bank_bytes(experts),
         "transformed": bank_bytes(merged) - tower if _is_another(module) else 0,
+        "start": bank_bytes(merged) + tower if module.start is not None else 0,
         "loaded": tower,
         "images": sum(one.pixels.nbytes for one in images.values() if not isinstance(one, ListedImages)),
         "outputs": _outputs(module, images),

@@ -33,13 +33,13 @@ class Trace:
         step: of a step; 0 where nothing learns.
         evaluation: of a batch that is scored, with the merge and an expert.
         joint: whether a step is one graph.
-        alike: whether the step itself was run, and not one that stands in for it.
+        exact: whether the step itself was run, and not one that stands in for it.
     """
 
     step: int
     evaluation: int
     joint: bool
-    alike: bool
+    exact: bool
 
 
 class _Alive(upstream.DispatchMode):
@@ -92,14 +92,14 @@ def traced(
     with upstream.shapes_alone(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _hollow(module.train())
         batch = {task: _batch(count, image) for task, count in sizes.items()}
-        step, joint, alike = 0, False, True
+        step, joint, exact = 0, False, True
         for stage in module.stages if module.learned else ():
             objective = module.enter(stage)
             joint = module.joins(objective, batch, processes)
             part = batch if joint else dict(list(batch.items())[:2])  # a third task takes no more than the second
             peak, own = _step(module, objective, part, joint)
-            step, alike = max(step, peak), alike and own
-        return Trace(step, _evaluation(module, next(iter(sizes)), scored, image), joint, alike)
+            step, exact = max(step, peak), exact and own
+        return Trace(step, _evaluation(module, next(iter(sizes)), scored, image), joint, exact)
 
 
 def _banks(module: AdaptiveMerge) -> list[Tensor]:
