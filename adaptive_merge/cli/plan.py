@@ -241,10 +241,11 @@ def _show(result: Mapping[str, Any]) -> None:
     Console().print(table)
     if "memory" not in result:
         return
+    steps, step = result["steps"], result["step"]
     write(
         f"{result['experts']} experts of {result['parameters']:,} parameters, {result['learned']:,} learn; "
-        f"{'?' if result['steps'] is None else result['steps']} steps of {result['step']['images']} images ({result['step']['graph']}) on "
-        f"{result['processes']} processes"
+        f"{'' if steps is None else f'{steps} '}steps of {step['images']} images ({step['graph']}) on "
+        f"{result['processes']} process{'' if result['processes'] == 1 else 'es'}"
     )
     Console().print(_memory(result))
     if "probe" in result:
