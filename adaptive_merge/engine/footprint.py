@@ -72,7 +72,8 @@ def footprint(
     gradients = tower if module.coefficients.learns else 0
     asks = any(stage.objective.needs_expert for stage in module.stages)
     towers = tower * (1 + (asks and bool(trace.step)))
-    exchange = gradients + tower // processes if kind == "sharded" and gradients else 0
+    slices = tower // processes if processes > 1 else 0
+    exchange = gradients + slices if kind == "sharded" and gradients else 0
     device = {
         "bank": 0 if cpu else bank,
         "towers": towers,
