@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptive_merge import upstream
 from adaptive_merge.errors import InputError, did_you_mean
 
-__all__ = ["check_expert", "check_finite", "check_models", "differs", "digest", "mean", "shared"]
+__all__ = ["check_expert", "check_finite", "check_models", "differs", "digest", "mean", "raw", "shared"]
 
 # Counters that only training reads: they say nothing about a model and keep no models apart.
 _COUNTERS = ("num_batches_tracked", "n_averaged", "num_updates")
@@ -107,10 +107,14 @@ def check_expert(
 
 
 def digest(tensor: Tensor, header: bytes = b"") -> str:
-    """sha256 of a header and a tensor's bytes; of a tensor without numbers, of its shape."""
-    if upstream.is_hollow(tensor):
-        return hashlib.sha256(header + str(tuple(tensor.shape)).encode()).hexdigest()
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    """sha256 of a header and a tensor's bytes."""
     result = hashlib.sha256(header)
-    result.update(raw.numpy().data)
+    result.update(raw(tensor))
     return result.hexdigest()
+
+
+def raw(tensor: Tensor) -> bytes | memoryview:
+    """A tensor's bytes; of one without numbers its shape, so that it has a digest too."""
+    if upstream.is_hollow(tensor):
+        return str(tuple(tensor.shape)).encode()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
