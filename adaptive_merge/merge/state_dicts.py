@@ -115,6 +115,5 @@ def digest(tensor: Tensor, header: bytes = b"") -> str:
 
 def raw(tensor: Tensor) -> bytes | memoryview:
     """A tensor's bytes; of one without numbers its shape, so that it has a digest too."""
-    if upstream.is_hollow(tensor):
-        return str(tuple(tensor.shape)).encode()
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return str(tuple(tensor.shape)).encode() if upstream.is_hollow(flat) else flat.numpy().data
