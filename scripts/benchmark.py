@@ -1,7 +1,8 @@
 """What an adaptation step costs, against the floor and against the step as the published loops take it.
 
 In one process, alternating round by round:
-  (a) floor: forward and backward of the same images through the same tower with plain weights;
+  (a) floor: forward and backward of the same images through the same tower with plain weights, task by task, and as
+      one batch of all tasks' images (joint floor);
   (b) ours: one step of `AdaptiveMerge`, Adam included;
   (c) naive: a fresh merge for every task with λ·τ graph nodes, one backward through all of them, as published.
 
@@ -53,7 +54,7 @@ from adaptive_merge.suites.embedded_tower import build_encoder
 
 CLASSES = (397, 196, 45, 10, 10, 43, 10, 47)  # of the eight CLIP tasks
 MODELS = {"embedded": (32, 128), "vit_b_32": (224, 512)}
-CONTENDERS = ("floor", "ours", "naive")
+CONTENDERS = ("floor", "joint_floor", "ours", "naive")
 
 
 def build(model: str) -> nn.Module:
@@ -89,9 +90,8 @@ def loss_of(features: Tensor, head: Tensor) -> Tensor:
     return entropy(F.normalize(features.float(), dim=-1) @ head.T).mean()
 
 
-def floor(backbone, bank, heads, batch) -> Callable[[], None]:
-    """Forward and backward with plain weights, task by task (as one batch on CUDA)."""
-    joint = next(backbone.parameters()).is_cuda
+def floor(backbone, bank, heads, batch, joint: bool = False) -> Callable[[], None]:
+    """Forward and backward with plain weights, task by task."""
 
     def step() -> None:
         backbone.zero_grad()
@@ -105,6 +105,11 @@ def floor(backbone, bank, heads, batch) -> Callable[[], None]:
                 loss_of(backbone(part["image"]), heads[task]).backward()
 
     return step
+
+
+def joint_floor(*parts) -> Callable[[], None]:
+    """The same with the images of all tasks in one batch."""
+    return floor(*parts, joint=True)
 
 
 def ours(backbone, bank, heads, batch) -> Callable[[], None]:
@@ -218,24 +223,28 @@ def time_steps(
     parts = workload(model, tasks, images, device)
     _, bank, _, _ = parts
     steps = {name: globals()[name](*parts) for name in contenders}
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(timed(step, device))
-    found = {name: statistics.median(values) for name, values in times.items()}
-    if "ours" in contenders:
-        found |= {name: statistics.median(timed(step, device) for _ in range(rounds)) for name, step in merges(bank)}
-    if "ours" in contenders and device == "cpu":
+    found = medians(steps, device, rounds)
+    if "floor" not in contenders:
+        return found
+    found |= medians(dict(merges(bank, naive="naive" in contenders)), device, 3 * rounds)
+    if device == "cpu":
         with torch.autocast("cpu", dtype=torch.bfloat16):
             steps["ours"]()
             found["ours bf16"] = statistics.median(timed(steps["ours"], device) for _ in range(rounds))
     return found
 
 
-def merges(bank) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Merge and λ-gradient alone: ours once a step, the naive pair once a task and step."""
+def medians(steps: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
+    """Median seconds of each, round by round, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            times[name].append(timed(step, device))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def merges(bank, naive: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Merge and λ-gradient alone: ours once a step, the naive pair once a task and step; and the bank read twice."""
     groups, coefficients = (
         range(len(bank.names)),
         torch.full((len(bank.tasks), len(bank.names)), 0.3, device=bank.device),
@@ -244,6 +253,12 @@ def merges(bank) -> Iterator[tuple[str, Callable[[], object]]]:
     buffer = torch.empty_like(bank.pretrained)
     yield "merge", lambda: combine(bank, coefficients, groups, buffer)
     yield "gradient", lambda: project(bank, gradients, groups, len(groups))
+    yield "bank read twice", lambda: [part.sum() for part in 2 * (bank.pretrained, bank.vectors)]
+    half = am.TaskVectors(bank.tasks, bank.layout, bank.pretrained, bank.vectors.bfloat16(), {})
+    yield "merge, bfloat16 bank", lambda: combine(half, coefficients, groups, buffer)
+    yield "gradient, bfloat16 bank", lambda: project(half, gradients, groups, len(groups))
+    if not naive:
+        return
     leaf = coefficients.clone().requires_grad_()
 
     def merge_and_back() -> None:
@@ -256,9 +271,10 @@ def merges(bank) -> Iterator[tuple[str, Callable[[], object]]]:
 def peak_of(contender: str, model: str, tasks: int, images: int, device: str, limit: int, report) -> None:
     torch.set_num_threads(1)
     # Better a MemoryError here than the kernel's choice of what to kill.
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if device == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     # The floor has plain weights and no bank.
-    parts = workload(model, tasks, images, device, with_bank=contender != "floor")
+    parts = workload(model, tasks, images, device, with_bank="floor" not in contender)
     step = globals()[contender](*parts)
     del parts  # what the step needs, it holds: ours does without the backbone's own weights
     for _ in range(2):
@@ -421,8 +437,15 @@ def ratios(row: dict) -> dict[str, float]:
         found["ours / floor"] = seconds["ours"] / seconds["floor"]
     if {"ours", "naive"} <= seconds.keys():
         found["naive / ours"] = seconds["naive"] / seconds["ours"]
-    if "ours" in seconds:
-        found["naive merge / ours"] = seconds["naive merge + gradient"] / (seconds["merge"] + seconds["gradient"])
+    if {"joint_floor", "ours"} <= seconds.keys():
+        found["ours / joint floor"] = seconds["ours"] / seconds["joint_floor"]
+    if "merge" in seconds:
+        passes = seconds["merge"] + seconds["gradient"]
+        half = seconds["merge, bfloat16 bank"] + seconds["gradient, bfloat16 bank"]
+        if "naive merge + gradient" in seconds:
+            found["naive merge / ours"] = seconds["naive merge + gradient"] / passes
+        found["merge + gradient / bank read twice"] = passes / seconds["bank read twice"]
+        found["merge + gradient, bfloat16 bank / float32"] = half / passes
     for name in (name for name in ("wemoe", "spectral", "start") if name in seconds):
         found[f"{name} / ours"] = seconds[name] / seconds["ours"]
     if "ours bf16" in seconds:

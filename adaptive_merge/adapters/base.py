@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -32,6 +32,9 @@ class Adapter(nn.Module, ABC):
     needs_task: bool = True
     """Whether `weights`, `sites` and `block` look at the task. Where they do not, they are given None, and all tasks
     share one forward of the tower."""
+
+    replaces: ClassVar[bool] = False
+    """Whether its sites run in place of their submodules, and are given None for the output."""
 
     tasks: tuple[str, ...] = ()
 

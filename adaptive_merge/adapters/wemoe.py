@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from adaptive_merge.adapters.base import Site
@@ -36,6 +37,7 @@ class WEMoE(Route):
         hidden: width of the router; None: that of the tower, as published.
     """
 
+    replaces = True
     shared: ClassVar[bool] = False
     """Whether one router serves all blocks."""
 
@@ -57,7 +59,7 @@ class WEMoE(Route):
 
     def sites(self, backbone: MergedBackbone, weights: Mapping[str, Tensor]) -> Mapping[str, Site]:
         self.seen = []
-        return {layer.site: partial(self._mix, layer, backbone.task_vectors) for layer in self.layers}
+        return {layer.site: partial(self._mix, layer, backbone.task_vectors, weights) for layer in self.layers}
 
     def vectors(self, name: str, bank: TaskVectors) -> Tensor:
         """τ of a parameter, [T, *shape]."""
@@ -66,16 +68,24 @@ class WEMoE(Route):
     def tensors(self, bank: TaskVectors) -> dict[str, Tensor]:
         return {name: bank.of(name) for layer in self.layers for name in (layer.weight, layer.bias) if name}
 
-    def _mix(self, layer: Layer, bank: TaskVectors, task: None, tokens: Tensor, output: Tensor) -> Tensor:
+    def _mix(
+        self, layer: Layer, bank: TaskVectors, weights: Mapping[str, Tensor], task: None, tokens: Tensor, output: None
+    ) -> Tensor:
         place = self.gated.index(layer.block)
         if len(self.seen) <= place:  # the first layer of its MLP
             self.seen.append(self.routers[0 if self.shared else place](as_tokens(tokens)).float().mean(1))
-        gates = self.seen[place].to(output.dtype)
-        mixed = mixed_product(tokens.to(output.dtype), gates, self.vectors(layer.weight, bank).to(output))
+        weight, gates = weights[layer.weight], self.seen[place]
+        mixed = mixed_product(_as_linear(tokens), gates, self.vectors(layer.weight, bank), weight)
         if layer.bias is not None:
-            shift = gates @ self.vectors(layer.bias, bank).to(output)
-            mixed = mixed + (shift[:, None] if mixed.dim() == 3 else shift)
-        return output + mixed
+            bias = weights[layer.bias] + gates @ self.vectors(layer.bias, bank).to(gates)
+            mixed = mixed + (bias[:, None] if mixed.dim() == 3 else bias).to(mixed.dtype)
+        return mixed
+
+
+def _as_linear(tokens: Tensor) -> Tensor:
+    """The tokens in the dtype in which a linear layer would take them here."""
+    kind = tokens.device.type
+    return tokens.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tokens
 
 
 def _router(width: int, hidden: int, tasks: int) -> nn.Sequential:

@@ -16,7 +16,8 @@ from adaptive_merge.adapters.heads import HeadLike, check_width, frozen_heads, w
 from adaptive_merge.adapters.route import Route
 from adaptive_merge.engine.typed import ListOf
 from adaptive_merge.errors import InputError, did_you_mean
-from adaptive_merge.merge.backbone import Edit, MergedBackbone
+from adaptive_merge.merge.backbone import MergedBackbone
+from adaptive_merge.merge.edits import Edit, Instead
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.objectives.base import Prediction
 
@@ -166,11 +167,11 @@ class AdaptedModel(nn.Module):
         self, task: str | None, adapters: Sequence[Adapter], weights: Mapping[str, Tensor], means: Means
     ) -> list[tuple[str, Edit]]:
         """Submodule and what happens to its output, in order: sites, then blocks, whose mean tokens are then noted."""
-        edits: list[tuple[str, Edit]] = [
-            (name, partial(site, _subject(adapter, task)))
-            for adapter in adapters
-            for name, site in adapter.sites(self.backbone, weights).items()
-        ]
+        edits: list[tuple[str, Edit]] = []
+        for adapter in adapters:
+            for name, site in adapter.sites(self.backbone, weights).items():
+                edit = partial(site, _subject(adapter, task))
+                edits.append((name, Instead(edit) if adapter.replaces else edit))
         operating = [adapter for adapter in adapters if adapter.overrides("block")]
         if operating or means is not None:
             blocks = enumerate(self.backbone.blocks)

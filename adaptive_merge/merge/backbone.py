@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +19,12 @@ from torch.autograd.function import once_differentiable
 
 from adaptive_merge.errors import InputError, check_normalisation, did_you_mean
 from adaptive_merge.merge.blocks import in_depth
+from adaptive_merge.merge.edits import Edit, edited
 from adaptive_merge.merge.placement import BankKind, Placement, place
 from adaptive_merge.merge.rule import Rule, State
 from adaptive_merge.merge.task_vectors import TaskVectors
 
-__all__ = ["Edit", "MergedBackbone", "without_weights"]
-
-Edit = Callable[[Any, Any], Any]
-"""(first positional input, output) of a submodule → what replaces the output."""
+__all__ = ["MergedBackbone", "without_weights"]
 
 
 class _Merge(torch.autograd.Function):
@@ -206,15 +202,15 @@ class MergedBackbone(nn.Module):
         Args:
             images: a batch.
             parameters: the weights to use, and buffers where they are not the merge's; default: `merge()`.
-            edits: submodules and functions that replace their outputs, in this order.
+            edits: submodules and functions that replace their outputs, in this order, see `edits`.
 
         Raises:
-            InputError: `edits` names a submodule that the backbone has not.
+            InputError: `edits` names a submodule that the backbone has not, or two run in place of one.
         """
         if images.shape[0] == 0:  # a process's empty share: towers infer sizes, which of nothing they cannot
             return self.forward(images.new_zeros((1, *images.shape[1:])), parameters, edits)[:0]
         weights = self.constants | dict(self.merge() if parameters is None else parameters)
-        with _hooked(self.skeleton, edits):
+        with edited(self.skeleton, edits):
             output = torch.func.functional_call(
                 self.skeleton, weights, (self.normalise(images),), tie_weights=self.tied, strict=True
             )
@@ -260,27 +256,6 @@ def _features(output: Any) -> Tensor:
         f"the backbone gives a {type(output).__name__}, expected features [B, d]: a tensor, or an output with "
         "`image_embeds` or `pooler_output`; wrap the backbone in a module that picks its features"
     )
-
-
-@contextmanager
-def _hooked(module: nn.Module, edits: Sequence[tuple[str, Edit]]) -> Iterator[None]:
-    """Replace the outputs of named submodules while the context lasts."""
-    with ExitStack() as stack:
-        for name, edit in edits:
-            stack.enter_context(_submodule(module, name).register_forward_hook(partial(_run_edit, edit)))
-        yield
-
-
-def _run_edit(edit: Edit, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    return edit(inputs[0] if inputs else None, output)
-
-
-def _submodule(module: nn.Module, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError as error:
-        near = did_you_mean(name, dict(module.named_modules()))
-        raise InputError(f"the backbone has no submodule {name!r} for an adapter's site{near}") from error
 
 
 def without_weights(backbone: nn.Module) -> nn.Module:

@@ -43,13 +43,14 @@ _WORTH_KEEPING = ("last.ckpt", "results.json", "coefficients.json")
 
 
 class SaveConfig(SaveConfigCallback):
-    """`config.yaml` belongs to a run; validation leaves nothing behind."""
+    """`config.yaml` belongs to a run, and not what its job asked a scheduler for; validation leaves nothing behind."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not self.already_saved:
             folder = Path(trainer.log_dir)  # asked on all processes, for it is broadcast
             if trainer.is_global_zero:
-                save_text(folder / self.config_filename, self.parser.dump(_scrubbed(self.config), skip_none=False))
+                kept = Namespace(**{key: value for key, value in vars(self.config).items() if key != "slurm"})
+                save_text(folder / self.config_filename, self.parser.dump(_scrubbed(kept), skip_none=False))
             self.already_saved = True
 
 
@@ -118,15 +119,14 @@ def claim(journal: Journal, if_exists: IfExists, checkpoint: str | None = None) 
     Raises:
         InputError: a run is there and is not to be touched; a file is in the way that no run wrote.
     """
-    last = journal.folder / _LAST
-    resumes = if_exists == "resume" and last.is_file()
+    latest = _latest(journal) if if_exists == "resume" else None
     if rank_zero_only.rank == 0:
         _check_foreign(journal)
-        if if_exists == "resume" and not resumes:
+        if if_exists == "resume" and not latest:
             _check_unfinished(journal)
         elif if_exists == "refuse" and not _lies_in(checkpoint, journal.folder):
             _refuse(journal)
-    return str(last) if resumes else checkpoint
+    return str(latest) if latest else checkpoint
 
 
 @rank_zero_only
@@ -148,6 +148,15 @@ def open_folder(journal: Journal, if_exists: IfExists, checkpoint: str | None) -
     journal.begin()
 
 
+def _latest(journal: Journal) -> Path | None:
+    """`last.ckpt`; before there is one, what a disk that filled up meanwhile has left of the first saving."""
+    last = journal.folder / _LAST
+    if last.is_file() or any((journal.folder / name).is_file() for name in _RESULTS):
+        return last if last.is_file() else None
+    saved = [path for path in journal.files if path.parent == last.parent and path.suffix == ".ckpt"]
+    return max(saved, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def _check_foreign(journal: Journal) -> None:
     if others := journal.foreign:
         raise InputError(
@@ -163,8 +172,7 @@ def _check_foreign(journal: Journal) -> None:
 
 def _check_unfinished(journal: Journal) -> None:
     names = {path.relative_to(journal.folder).as_posix() for path in journal.files}
-    kept = sorted(name for name in names if name in _RESULTS or name.endswith(".ckpt"))
-    if kept:
+    if kept := sorted(names.intersection(_RESULTS)):
         raise InputError(
             f"{journal.folder} holds {kept[0]} of a run but no checkpoint to go on from ({_LAST}); choose another "
             "--run.name, name a checkpoint with --ckpt_path, or replace the run with --run.if_exists overwrite"

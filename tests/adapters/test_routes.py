@@ -101,16 +101,17 @@ def test_a_prediction_does_not_depend_on_the_batch(build, images, name):
 
 @pytest.mark.parametrize("tokens", [(7, 5, 6), (7, 6), (0, 5, 6)])
 def test_mixed_products_and_their_gradients_are_those_of_dense_weights(monkeypatch, tokens):
-    monkeypatch.setitem(mixing.BUFFER, "cpu", 60)  # three images of 4 · 6 entries do not fit
+    monkeypatch.setitem(mixing.TILES, "cpu", (3, 3, 4))  # of seven images' matrices [4, 6]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, generator=generator, dtype=torch.float64).requires_grad_()
     gates = torch.randn(tokens[0], 3, generator=generator, dtype=torch.float64).requires_grad_()
     vectors = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
-    dense = torch.einsum("bt,toi,b...i->b...o", gates, vectors, x)
-    mixed = mixed_product(x, gates, vectors)
+    weight = torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    dense = torch.einsum("bt,toi,b...i->b...o", gates, vectors, x) + x @ weight.T
+    mixed = mixed_product(x, gates, vectors, weight)
     torch.testing.assert_close(mixed, dense)
-    weights = torch.randn(mixed.shape, generator=generator, dtype=torch.float64)
-    ours, oracle = (torch.autograd.grad((out * weights).sum(), (x, gates)) for out in (mixed, dense))
+    outer = torch.randn(mixed.shape, generator=generator, dtype=torch.float64)
+    ours, oracle = (torch.autograd.grad((out * outer).sum(), (x, gates, weight)) for out in (mixed, dense))
     torch.testing.assert_close(ours, oracle)
 
 

@@ -157,3 +157,31 @@ def test_a_users_router_works_from_yaml_to_export(tmp_path, monkeypatch, suite_f
 def _parts(folder):
     suite = am.load_suite(str(folder))
     return suite.task_vectors, suite.backbone, suite.heads
+
+
+class Doubled(am.Adapter):
+    """Runs in place of a linear layer: twice its input."""
+
+    replaces, needs_task = True, False
+
+    def create(self, backbone, heads):
+        pass
+
+    def sites(self, backbone, weights):
+        return {"blocks.0.1": lambda task, tokens, output: 2 * tokens if output is None else output}
+
+
+def test_a_site_may_run_in_place_of_its_submodule(toy, bank, heads, images):
+    module = am.AdaptiveMerge(bank, toy, heads, adapters=[Shift(True, "blocks.0.1"), Doubled()])
+    x, weights = images["red"].take(torch.arange(3)), module.model.backbone.merge()
+    layer = {"blocks.0.1.weight": 2 * torch.eye(8), "blocks.0.1.bias": torch.ones(8)}
+    wanted = module.model("red", x, weights | layer, adapted=False).features
+    with torch.no_grad():
+        module.model.adapters[0].shift[0].fill_(1.0)
+    unused = {name: torch.full_like(value, torch.nan) for name, value in layer.items()}
+    for _ in range(2):
+        torch.testing.assert_close(module.model("red", x, weights | unused).features, wanted)
+    torch.testing.assert_close(module.model("red", x, weights | layer, adapted=False).features, wanted)
+    twice = am.AdaptiveMerge(bank, toy, heads, adapters=[Doubled(), Doubled()])
+    with pytest.raises(am.InputError, match=r"two adapters run in place of the submodule 'blocks\.0\.1'"):
+        twice.model("red", x)

@@ -79,7 +79,7 @@ def test_any_columns_and_rows_are_those_of_the_dense_bank(banks):
 @pytest.mark.parametrize("kind", ["resident", "streamed", "sharded"])
 def test_every_placement_merges_and_projects_as_from_the_dense_bank(banks, kind, monkeypatch):
     monkeypatch.setattr("adaptive_merge.merge.placement.PIECE", 17)
-    monkeypatch.setattr("adaptive_merge.merge.passes._WIDEN", 10)
+    monkeypatch.setattr("adaptive_merge.merge.passes._WIDEN", {"cpu": 30})
     results = []
     for bank in banks:
         rule = am.LayerWise(0.3).bind(bank)

@@ -5,6 +5,7 @@ Moments are counted in files opened for writing, and in processor time: how busy
 """
 
 import csv
+import multiprocessing.util
 import os
 import re
 import resource
@@ -79,6 +80,7 @@ def fit(root, log, number, moment):
         sys.stdout.flush(), sys.stderr.flush()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         root.with_suffix(".spent").write_text(f"{opened[0]} {time.process_time()}")
+        multiprocessing.util._exit_function()  # what an interpreter that exits does with loader workers
         os.close(1), os.close(2)
         os.waitpid(reader, 0)
 

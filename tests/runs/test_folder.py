@@ -1,5 +1,6 @@
 """Only what a run of this program wrote is ever replaced or removed."""
 
+import csv
 import json
 import os
 import signal
@@ -70,6 +71,19 @@ def test_resume_without_a_checkpoint_deletes_nothing(work, capsys):
     assert fit("--run.if_exists", "resume") == 2
     assert "no checkpoint to go on from (checkpoints/last.ckpt)" in capsys.readouterr().err
     assert contents(folder) == before
+
+
+def test_resume_goes_on_from_the_first_saving_where_the_last_has_failed(work, capsys):
+    options = ["--trainer.val_check_interval", "2", "--trainer.max_steps", "3"]
+    assert fit(*options) == 0
+    folder = work / "runs" / "quick"
+    for name in ("checkpoints/last.ckpt", "results.json", "coefficients.json"):
+        (folder / name).unlink()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["epoch=0-step=2.ckpt"]
+    assert fit(*options, "--run.if_exists", "resume") == 0
+    assert "begins anew" not in capsys.readouterr().err
+    with (folder / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["train/loss"]] == ["0", "1", "2"]
 
 
 def test_a_run_folder_without_a_journal_goes_on(work, capsys):
