@@ -16,7 +16,7 @@ model:
 trainer: {max_steps: 3, accelerator: cpu, enable_progress_bar: false}
 data: {images_per_task: 4}
 """
-RECIPES = ("adamerging", "tinting_pp", "surgery_adamerging")
+RECIPES = ("adamerging", "adamerging_pp", "tinting_pp", "surgery_adamerging")
 KINDS = ("resident", "streamed", "sharded")
 
 
