@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import pickle  # noqa: S403
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -23,15 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OVERRIDDEN",
+    "DispatchMode",
     "PythonUnpickler",
     "add_ddp_options",
     "bound_timeout",
+    "is_hollow",
     "is_offline",
     "keep_samplers",
     "labelled_files",
     "leave_signals",
     "options_of",
     "redirect",
+    "shapes_alone",
     "timeout_of",
     "version_of",
     "wandb_options",
@@ -45,6 +51,9 @@ OVERRIDDEN: Final[dict[str, tuple[str, ...]]] = {
     "pytorch_lightning.cli.LightningCLI": ("_parse_ckpt_path", "_set_seed", "_run_subcommand"),
 }
 
+
+# Hears of every operation while it is entered, and of what it gives (torch 2.6 to 2.14).
+DispatchMode = TorchDispatchMode
 
 # The unpickler that is written in Python (3.11 to 3.14): its `dispatch`, opcode → method, lets a subclass look at the
 # `stack` before an opcode takes from it.
@@ -123,3 +132,20 @@ def labelled_files(dataset: Any) -> list[tuple[Path, int]]:
     else:
         pairs = zip(dataset._image_files if hasattr(dataset, "_image_files") else dataset._images, dataset._labels)
     return [(Path(path), int(label)) for path, label in pairs]
+
+
+@cache
+def shapes_alone() -> AbstractContextManager[Any]:
+    """Tensors made in here, or of those, have shape, type and device and no numbers (torch 2.6 to 2.14).
+
+    Unlike those on the meta device they go the way that a CPU's go, such as its own kernel of attention. What depends
+    on numbers is a RuntimeError.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here, because it takes most of a second
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_hollow(tensor: Any) -> bool:
+    """Whether a tensor was made in `shapes_alone`."""
+    return type(tensor).__name__ == "FakeTensor"

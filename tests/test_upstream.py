@@ -90,3 +90,13 @@ def test_data_sets_of_files_list_them_as_they_are_indexed(tmp_path, name, monkey
     pairs = upstream.labelled_files(dataset)
     assert [label for _, label in pairs] == [label for _, label in dataset]
     assert len(pairs) == len(dataset) and all(path.is_file() for path, _ in pairs)
+
+
+def test_tensors_without_numbers_have_shapes_and_refuse_to_say_more():
+    with upstream.shapes_alone():
+        value = torch.empty(3, 4)
+        product = value @ torch.ones(4, 2)
+        assert upstream.is_hollow(product) and product.shape == (3, 2) and product.device.type == "cpu"
+        with pytest.raises(RuntimeError):
+            bool(product.sum() > 0)
+    assert not upstream.is_hollow(torch.empty(1))

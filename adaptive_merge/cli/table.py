@@ -16,6 +16,7 @@ Command = Callable[[list[str]], None]
 # Name → what it does, and `module:function` under this package.
 COMMANDS: Final = {
     "fit": ("adapt a merge on unlabelled test images and write a run folder", "fit:fit"),
+    "plan": ("say what a fit would read, take and write, before it is started", "plan:plan"),
     "validate": (
         "score the merge that a configuration starts from; nothing is written (--json for machines)",
         "fit:validate",

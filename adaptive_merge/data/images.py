@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from adaptive_merge.data.sources import ImageSource
 from adaptive_merge.errors import InputError
 
 __all__ = ["Images", "LazyImages"]
@@ -54,6 +55,19 @@ class Images:
         digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
         digest.update(memoryview(self.pixels.contiguous().numpy()))
         return digest.hexdigest()
+
+
+class ListedImages(Images):
+    """Images that were counted and not decoded: as many, as large, all black.
+
+    Args:
+        source: has length, labels and classes.
+        size: height and width in pixels.
+    """
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        black = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(len(source), size, size, 3)
+        super().__init__(black, source.labels, source.classes, "listed")
 
 
 def _check_pixels(pixels: Tensor) -> None:

@@ -42,18 +42,18 @@ def activation_bytes(backbone: MergedBackbone, images: Tensor) -> int:
     bank = backbone.task_vectors
     flat = bank.pretrained.to(backbone.device)
     weights = {name: value.detach().requires_grad_() for name, value in bank.layout.unflatten(flat).items()}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[id(storage)] = storage  # which holds it: another one would be counted under its address
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         features = backbone(images, weights)
-    kept.pop(flat.untyped_storage().data_ptr(), None)
-    del features  # only now: storages that are let go of would be counted under one address
-    return sum(kept.values())
+    kept.pop(id(flat.untyped_storage()), None)
+    del features
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def memory_bytes(device: torch.device) -> int:

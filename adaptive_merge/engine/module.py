@@ -193,7 +193,7 @@ class AdaptiveMerge(ScoredModule):
             return self.views.expert(task, batch[task], self._source(task), objective.needs_blocks)
 
         step = Step(self.model, objective, batch, expert, self._mean_over_ranks, self._owns_tasks())
-        if self._joint(objective, batch):
+        if self.joins(objective, batch, self._processes):
             loss = step.joint()
         else:
             parts = {} if objective.needs_blocks else batch
@@ -298,8 +298,8 @@ class AdaptiveMerge(ScoredModule):
             self.model.adapters.requires_grad_(stage.learn != "coefficients")
         return stage.objective
 
-    def _joint(self, objective: Objective, batch: Batch) -> bool:
-        """Whether a step is one graph; the same answer on all processes."""
+    def joins(self, objective: Objective, batch: Batch, processes: int) -> bool:
+        """Whether a step is one graph, in a run of so many processes; the same answer on all of them."""
         changes = self.coefficients.learns or not self.model.plain_tower  # else features are cached
         bare = not objective.needs_blocks and not objective.perturbs
         fits = self.model.shares_tower and changes and bare
@@ -307,7 +307,7 @@ class AdaptiveMerge(ScoredModule):
             return fits and self.accumulate == "joint"
         if self._small is None:
             images = [part["image"] for part in batch.values()]
-            small = joint_is_small(self.model.backbone, images, self._processes) if images else False
+            small = joint_is_small(self.model.backbone, images, processes) if images else False
             self._small = self.trainer.strategy.broadcast(small) if self._processes > 1 else small
         return self._small
 

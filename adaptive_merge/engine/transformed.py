@@ -12,6 +12,7 @@ from adaptive_merge import transforms as package
 from adaptive_merge.engine import identity
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.bank_file import kept_file
+from adaptive_merge.merge.outline import is_outline
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
 
@@ -38,7 +39,9 @@ def transformed(bank: TaskVectors, transforms: Sequence[Any]) -> TaskVectors:
     check_order(transforms)
     if not transforms:
         return bank
-    if bank.folder is not None and all(_ships(transform) for transform in transforms):
+    if is_outline(bank):
+        made = bank.with_vectors(bank.vectors)
+    elif bank.folder is not None and all(_ships(transform) for transform in transforms):
         made_of = _identity(bank, transforms)
         name = f"transformed-{hashlib.sha256(made_of.encode()).hexdigest()}.safetensors"
         made = kept_file(bank.folder / name, lambda: _apply(bank, transforms), made_of)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -101,12 +101,12 @@ class FactoredVectors:
 
     def to(self, device: torch.device | str) -> FactoredVectors:
         """The factors on a device; itself where they are there."""
-        if self.device == torch.device(device):
-            return self
-        moved = [
-            {name: _map(change, lambda value: value.to(device)) for name, change in c.items()} for c in self.changes
-        ]
-        return FactoredVectors(self.layout, moved, self._columns)
+        return self if self.device == torch.device(device) else self.mapped(lambda value: value.to(device))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> FactoredVectors:
+        """The same with what a function makes of each tensor that is held."""
+        changed = [{name: _map(change, function) for name, change in row.items()} for row in self.changes]
+        return FactoredVectors(self.layout, changed, self._columns)
 
     def numel(self) -> int:
         """Numbers that are held."""
@@ -176,7 +176,7 @@ def _add(change: Change, out: Tensor, start: int, stop: int) -> None:
         out[first - start : first - start + len(values)] += values
 
 
-def _map(change: Change, function: Any) -> Change:
+def _map(change: Change, function: Callable[[Tensor], Tensor]) -> Change:
     if isinstance(change, Tensor):
         return function(change)
     return tuple(Product(one.row, function(one.high), function(one.low)) for one in change)

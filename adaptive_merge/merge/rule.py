@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_merge.errors import InputError
+from adaptive_merge.merge.state_dicts import raw
 from adaptive_merge.upstream import version_of
 
 if TYPE_CHECKING:
@@ -115,10 +116,9 @@ class Rule(nn.Module, ABC):
     @property
     def fingerprint(self) -> str:
         """sha256 of the values as they are now."""
-        values = [parameter.detach().cpu().contiguous() for parameter in self.parameters()]
         digest = hashlib.sha256()
-        for value in values:
-            digest.update(value.flatten().view(torch.uint8).numpy().data)
+        for parameter in self.parameters():
+            digest.update(raw(parameter))
         return digest.hexdigest()
 
     @torch.no_grad()

@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from adaptive_merge import upstream
 from adaptive_merge.errors import InputError, did_you_mean
 
-__all__ = ["check_expert", "check_finite", "check_models", "differs", "digest", "mean", "shared"]
+__all__ = ["check_expert", "check_finite", "check_models", "differs", "digest", "mean", "raw", "shared"]
 
 # Counters that only training reads: they say nothing about a model and keep no models apart.
 _COUNTERS = ("num_batches_tracked", "n_averaged", "num_updates")
@@ -41,8 +42,10 @@ def shared(name: str, values: Sequence[Tensor], experts: Iterable[str]) -> Tenso
 
 
 def check_finite(owner: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN and infinity."""
+    """Refuse NaN and infinity; tensors without numbers have none."""
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            continue
         # A sum is finite unless a number is not, or it overflows, which the exact look then clears.
         if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
             raise InputError(f"{owner}: tensor {name!r} holds NaN or infinite values; the checkpoint is damaged")
@@ -105,7 +108,12 @@ def check_expert(
 
 def digest(tensor: Tensor, header: bytes = b"") -> str:
     """sha256 of a header and a tensor's bytes."""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     result = hashlib.sha256(header)
-    result.update(raw.numpy().data)
+    result.update(raw(tensor))
     return result.hexdigest()
+
+
+def raw(tensor: Tensor) -> bytes | memoryview:
+    """A tensor's bytes; of one without numbers its shape, so that it has a digest too."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return str(tuple(tensor.shape)).encode() if upstream.is_hollow(flat) else flat.numpy().data

@@ -100,7 +100,7 @@ class TaskVectors:
         check_finite("pre-trained weights", parameters)
         layout = Layout(tuple(parameters), tuple(tuple(tensor.shape) for tensor in parameters.values()))
         base = torch.cat([tensor.detach().float().flatten() for tensor in parameters.values()])
-        vectors = torch.empty(len(experts), layout.numel, dtype=dtype)
+        vectors = base.new_empty(len(experts), layout.numel, dtype=dtype)
         carried = {name: [pretrained[name]] for name, buffer in is_buffer.items() if buffer}
         for row, task in zip(vectors, experts):
             expert = experts[task]
@@ -189,7 +189,9 @@ class TaskVectors:
         rows = [self._row(task) for task in tasks]
         own = {name: value[[0, *(1 + row for row in rows)]] for name, value in self.own.items()}
         buffers = self.buffers | {name: mean(value) for name, value in own.items()}
-        selected = TaskVectors(tasks, self.layout, self.pretrained, self.vectors[rows], buffers, own)
+        adjacent = self.factors is None and rows == list(range(rows[0], rows[0] + len(rows)))
+        vectors = self.vectors.narrow(0, rows[0], len(rows)) if adjacent else self.vectors[rows]  # pages stay shared
+        selected = TaskVectors(tasks, self.layout, self.pretrained, vectors, buffers, own)
         selected.folder, selected.published = self.folder, self.published
         return selected
 

@@ -10,7 +10,7 @@ from adaptive_merge.adapters.heads import CosineHead, check_width
 from adaptive_merge.data.cache import cached_images, resized
 from adaptive_merge.data.sources import ImageSource
 from adaptive_merge.errors import AdaptiveMergeError, MissingFileError
-from adaptive_merge.suites.clip_folder import KIND, read_clip_suite
+from adaptive_merge.suites.clip_folder import KIND, chosen_tasks, read_clip_suite
 from adaptive_merge.suites.clip_suite import (
     ClipSuite,
     check_head,
@@ -39,7 +39,7 @@ class TaskCheck:
     problem: str | None = None
 
 
-def check_suite(name: str, decode: bool = False) -> list[TaskCheck]:
+def check_suite(name: str, decode: bool = False, tasks: list[str] | None = None) -> list[TaskCheck]:
     """Look at the data and the checkpoints of every task of a suite.
 
     Of checkpoints the headers alone are read: they are there, of a known format, of the suite's architecture and
@@ -47,6 +47,7 @@ def check_suite(name: str, decode: bool = False) -> list[TaskCheck]:
 
     Args:
         name: `"embedded"` or a folder with `suite.json`.
+        tasks: some of its tasks; default all.
         decode: decode every image into the cache, and compare caches that are there with their digest.
 
     Raises:
@@ -56,8 +57,8 @@ def check_suite(name: str, decode: bool = False) -> list[TaskCheck]:
     manifest = read_manifest(folder)
     if manifest.get("kind") != KIND:
         check_manifest(folder / "suite.json", manifest)
-        return [_check_plain(name, task) for task in manifest["tasks"]]
-    suite = read_clip_suite(folder, manifest)
+        return [_check_plain(name, task) for task in chosen_tasks(f"suite {name!r}", manifest["tasks"], tasks)]
+    suite = read_clip_suite(folder, manifest, tasks)
     base = _Base.of(suite)
     return [_check_clip(suite, task, decode, base) for task in suite.tasks]
 

@@ -14,7 +14,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from adaptive_merge.data.cache import cached_images
-from adaptive_merge.data.images import Images, LazyImages
+from adaptive_merge.data.images import Images, LazyImages, ListedImages
 from adaptive_merge.data.sources import ImageSource
 from adaptive_merge.errors import InputError, MissingFileError, did_you_mean
 from adaptive_merge.merge.factors import Change
@@ -23,6 +23,7 @@ from adaptive_merge.suites.base import Experts, Suite
 from adaptive_merge.suites.clip_tasks import Sizes, open_clip_task, open_folder_task
 from adaptive_merge.weights import Manifest, check_agreement, read_head, read_weights
 from adaptive_merge.weights.clip import build_tower, read_architecture
+from adaptive_merge.weights.headers import without_numbers
 from adaptive_merge.weights.manifest import Weights
 from adaptive_merge.weights.sources import is_adapter
 from adaptive_merge.weights.text_tower import TextTower, read_text_tower
@@ -173,16 +174,22 @@ def _images(suite: ClipSuite, task: str, source: ImageSource | None, size: int, 
     if source is None:
         source = suite.source(task)
         check_head(suite, task, source, heads[task])
+    if without_numbers():
+        return ListedImages(source, size)
     return cached_images(source, suite.cache, size, name=task, workers=suite.workers)
 
 
 def _heads(suite: ClipSuite, sources: Mapping[str, ImageSource], architecture: Manifest) -> dict[str, Tensor]:
+    if suite.heads is None and without_numbers():
+        text_tower(suite, architecture)
+        return {task: torch.ones(len(source.classes), architecture.embed_dim) for task, source in sources.items()}
     if suite.heads is None:
         return _zero_shot_heads(suite, sources, architecture)
     heads = {task: read_head(suite.head_path(task)) for task in suite.tasks}
     for task, source in sources.items():
         check_head(suite, task, source, heads[task])
-    return heads
+    # A head's length is looked at wherever it is used.
+    return {task: torch.ones(head.shape) if head.is_meta else head for task, head in heads.items()}
 
 
 def check_head(suite: ClipSuite, task: str, source: ImageSource, head: Tensor) -> None:

@@ -21,6 +21,9 @@ from adaptive_merge.weights.torch_files import open_torch_file
 
 __all__ = ["File", "open_entries", "read_files"]
 
+# A safetensors type → torch's, as the first tensor of each has told: a slice costs a thousand times its description.
+_DTYPES: dict[str, torch.dtype] = {}
+
 
 class File(Reader):
     """A file by itself: a state dict, a whole CLIP, or a whole pickled model, of which nothing is run."""
@@ -98,6 +101,7 @@ def _safetensors_loader(file: Any, name: str) -> Loader:
 def _outline(file: Any, name: str) -> Tensor:
     """The tensor without its numbers, but for a scalar, which is no more than its header."""
     part = file.get_slice(name)
-    shape = part.get_shape()
-    dtype = (part[:0] if shape else file.get_tensor(name)).dtype
-    return torch.empty(shape, dtype=dtype, device="meta")
+    shape, kind = part.get_shape(), part.get_dtype()
+    if kind not in _DTYPES:
+        _DTYPES[kind] = (part[:0] if shape else file.get_tensor(name)).dtype
+    return torch.empty(shape, dtype=_DTYPES[kind], device="meta")

@@ -42,6 +42,7 @@ def test_arithmetic(bank):
     torch.testing.assert_close((bank + bank * 0.5 - bank).vectors, 0.5 * bank.vectors)
     assert torch.equal((-bank).vectors, -bank.vectors)
     assert torch.equal(bank.select(["blue", "red"]).vectors, bank.vectors[[2, 0]])
+    assert bank.select(["green", "blue"]).vectors.data_ptr() == bank.vectors[1].data_ptr()  # side by side: no copy
     with pytest.raises(am.InputError, match="same tasks"):
         bank + bank.select(["red"])
     with pytest.raises(am.InputError, match="did you mean 'red'"):

@@ -1,0 +1,167 @@
+"""What a step and an evaluation take beside the bank: run on tensors without numbers, while what is alive is counted.
+
+The step is the trainer's own (`Step`), on its own graph, so every method, adapter and objective counts for itself. Only
+where a step looks at numbers, as masks and maxima over tasks do, layer-wise coefficients and entropy stand in for it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from adaptive_merge import upstream
+from adaptive_merge.coefficients.linear import LayerWise
+from adaptive_merge.engine.module import AdaptiveMerge
+from adaptive_merge.engine.step import Batch, Step
+from adaptive_merge.objectives.base import Objective
+from adaptive_merge.objectives.certainty import Entropy
+
+__all__ = ["Trace", "traced"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes at the peak, without the bank.
+
+    Args:
+        step: of a step; 0 where nothing learns.
+        evaluation: of a batch that is scored, with the merge and an expert.
+        joint: whether a step is one graph.
+        exact: whether the step itself was run, and not one that stands in for it.
+    """
+
+    step: int
+    evaluation: int
+    joint: bool
+    exact: bool
+
+
+class _Alive(upstream.DispatchMode):
+    """Counts the bytes of all tensors that operations make while they are alive.
+
+    Args:
+        known: what is there before, and counted elsewhere.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+        for value in known:
+            reference = StorageWeakRef(value.untyped_storage())
+            self._held[reference.cdata] = (reference, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self._note(value.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        reference = StorageWeakRef(storage)
+        if reference.cdata in self._held:
+            return
+        self._held[reference.cdata] = (reference, storage.nbytes())
+        self.now += storage.nbytes()
+        if self.now > self.peak:  # only now is it worth a look at who is gone
+            self._held = {key: entry for key, entry in self._held.items() if not entry[0].expired()}
+            self.now = sum(size for _, size in self._held.values())
+            self.peak = max(self.peak, self.now)
+
+
+def traced(
+    module: AdaptiveMerge, sizes: Mapping[str, int], scored: int, image: tuple[int, ...], processes: int, autocast: bool
+) -> Trace:
+    """Trace a module over an outline of its bank; it is of no other use afterwards.
+
+    Args:
+        module: its learned parameters lose their numbers.
+        sizes: task → images of a step on this process.
+        scored: images of an evaluation batch.
+        image: shape of one image.
+        processes: of the run.
+        autocast: whether the tower runs in bfloat16.
+    """
+    with upstream.shapes_alone(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _hollow(module.train())
+        batch = {task: _batch(count, image) for task, count in sizes.items()}
+        step, joint, exact = 0, False, True
+        for stage in module.stages if module.learned else ():
+            objective = module.enter(stage)
+            joint = module.joins(objective, batch, processes)
+            part = batch if joint else dict(list(batch.items())[:2])  # a third task takes no more than the second
+            peak, own = _step(module, objective, part, joint)
+            step, exact = max(step, peak), exact and own
+        return Trace(step, _evaluation(module, next(iter(sizes)), scored, image), joint, exact)
+
+
+def _banks(module: AdaptiveMerge) -> list[Tensor]:
+    banks = (module.experts, module.model.backbone.task_vectors)
+    held = [(bank.pretrained, *bank.buffers.values(), *bank.own.values()) for bank in banks]
+    vectors = [(bank.vectors,) if bank.factors is None else bank.factors.named("").values() for bank in banks]
+    return [value for values in (*held, *vectors) for value in values]
+
+
+def _batch(count: int, image: tuple[int, ...]) -> dict[str, Tensor]:
+    return {"image": torch.empty(count, *image, dtype=torch.uint8), "index": torch.arange(count)}
+
+
+def _hollow(module: nn.Module) -> None:
+    for part in list(module.modules()):
+        for name, value in list(part.named_parameters(recurse=False)):
+            if value.requires_grad:
+                setattr(part, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
+
+
+def _step(module: AdaptiveMerge, objective: Objective, batch: Batch, joint: bool) -> tuple[int, bool]:
+    """Bytes at the peak, and whether they are the step's own."""
+    with _Alive(_banks(module)) as alive:
+        try:
+            _run(module, objective, batch, joint)
+            return alive.peak, True
+        except RuntimeError:  # a number was looked at
+            gc.collect()
+        backbone = module.model.backbone
+        if backbone.coefficients.learns:
+            backbone.coefficients = LayerWise().bind(backbone.task_vectors)
+            _hollow(backbone.coefficients)
+        _run(module, Entropy(), batch, joint)
+        return alive.peak, False
+
+
+def _run(module: AdaptiveMerge, objective: Objective, batch: Batch, joint: bool) -> None:
+    views = module.views
+    step = Step(
+        module.model,
+        objective,
+        batch,
+        lambda task: views.expert(task, batch[task], None, objective.needs_blocks),
+        lambda value: value,
+        owns=False,
+    )
+    if joint:
+        step.joint().backward()
+        return
+    parts = {} if objective.needs_blocks else batch
+    step.per_task({task: views.features(task, part, None) for task, part in parts.items()}).backward()
+
+
+@torch.no_grad()
+def _evaluation(module: AdaptiveMerge, task: str, count: int, image: tuple[int, ...]) -> int:
+    module.eval()
+    views = module.views
+    views.release()
+    with _Alive(_banks(module)) as alive:
+        batch = _batch(count, image)
+        views.prepare("adapted")
+        prediction = module.model(task, batch["image"], views.weights("adapted", task))
+        views.expert(task, batch, None)
+        del prediction
+    return alive.peak

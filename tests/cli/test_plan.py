@@ -1,0 +1,141 @@
+"""`adaptive-merge plan`: what it says is what a run does, and of experts it reads headers alone."""
+
+import json
+import shutil
+import struct
+
+import pytest
+from planning import SMALL, TINY, measured_peaks, write_clip_suite
+
+from adaptive_merge.__main__ import main
+
+CONFIG = """
+model:
+  recipe: quick
+  coefficients: {class_path: LayerWise, init_args: {init: 0.3}}
+trainer: {max_steps: 3, accelerator: cpu, enable_progress_bar: false}
+data: {images_per_task: 4}
+"""
+RECIPES = ("adamerging", "adamerging_pp", "tinting_pp", "surgery_adamerging")
+KINDS = ("resident", "streamed", "sharded")
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch, suite_folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick.yaml").write_text(f"suite: {{name: {suite_folder}}}" + CONFIG)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory):
+    """A suite whose experts are full of NaN, which reading them would meet."""
+    folder = write_clip_suite(tmp_path_factory.mktemp("stubs"), 4, TINY)
+    for index in range(4):
+        path = folder / f"task{index}.safetensors"
+        content = path.read_bytes()
+        start = 8 + struct.unpack("<Q", content[:8])[0]
+        path.write_bytes(content[:start] + struct.pack("<f", float("nan")) * ((len(content) - start) // 4))
+    return folder
+
+
+@pytest.fixture
+def planned(capsys):
+    def plan(*arguments):
+        capsys.readouterr()
+        assert main(["plan", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return plan
+
+
+def test_what_would_be_written_is_what_a_run_writes(work, planned):
+    plan = planned("--config", "quick.yaml")
+    assert not (work / "runs").exists()
+    assert main(["fit", "--config", "quick.yaml"]) == 0
+    results = json.loads((work / "runs/quick/results.json").read_text())
+    written = {str(path.relative_to(work)) for path in (work / "runs/quick").rglob("*") if path.is_file()}
+    assert set(plan["files"]) == {path for path in written if "/." not in path}
+    assert (plan["steps"], plan["experts"], plan["learned"]) == (3, 3, results["trainable_parameters"])
+    assert {task: row["images"] for task, row in plan["tasks"].items()} == {
+        task: row["n"] for task, row in results["tasks"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.lrr=1", "--model.lr"),
+        ("--trainer.precision=16-true", "--trainer.precision"),
+        ("--trainer.max_steps=-1", "nothing ends this run"),
+        ("--model.coefficients=Fixed", "nothing to learn"),
+        ("--suite.tasks=[grean]", "did you mean 'green'"),
+        ("--data.protocol={class_path: Unseen, init_args: {tasks: [grey]}}", "grey"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused(work, capsys, option, message):
+    assert main(["plan", "--config", "quick.yaml", option]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_is_told(work, capsys):
+    assert main(["fit", "--config", "quick.yaml", "--trainer.max_steps=1", "--run.report=false"]) == 0
+    assert main(["plan", "--config", "quick.yaml"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_task_that_cannot_be_used_is_a_row_and_an_exit_code(work, capsys, suite_folder):
+    shutil.copytree(suite_folder, work / "suite")
+    (work / "suite/images/green.npz").unlink()
+    assert main(["plan", "--json", "--config", "quick.yaml", "--suite.name=suite"]) == 2
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["tasks"]
+    assert [bool(row["problem"]) for row in rows.values()] == [False, True, False] and "green" in err
+
+
+def test_no_number_of_an_expert_is_read_and_memory_follows_what_is_asked(stubs, planned, tmp_path):
+    options = ["--config", "clip/adamerging", "--suite.name", str(stubs), "--run.root", str(tmp_path / "runs")]
+    options += ["--trainer.accelerator=gpu"]
+    plan = planned(*options)
+    device = {kind: plan["memory"][kind]["device"] for kind in KINDS}
+    bank = 4 * 5 * plan["parameters"]
+    assert plan["device"] == "accelerator" and device["resident"]["bank"] == bank
+    assert plan["memory"]["resident"]["host"]["bank"] == bank
+    halves = planned(*options, "--processes=2")["memory"]
+    assert halves["sharded"]["device"]["bank"] == bank // 2 and halves["resident"]["device"]["bank"] == bank
+    assert halves["resident"]["device"]["activations"] < 0.7 * device["resident"]["activations"]
+    one = planned(*options, "--model.accumulate=per_task")
+    assert (plan["step"]["graph"], one["step"]["graph"]) == ("joint", "per_task")
+    assert one["memory"]["resident"]["device"]["activations"] < 0.5 * device["resident"]["activations"]
+    assert planned(*options, "--suite.dtype=bfloat16")["memory"]["resident"]["device"]["bank"] == bank * 3 // 5
+
+
+def test_a_probe_takes_steps_and_leaves_no_run(work, planned):
+    probe = planned("--config", "quick.yaml", "--probe=2")["probe"]
+    assert probe["steps"] == 3 and probe["seconds"] == pytest.approx(3 * probe["seconds_per_step"])
+    assert not (work / "runs").exists()
+
+
+def _peaks(folder, recipe, planned, kinds):
+    small, tiny = (write_clip_suite(folder / name, 4, kind) for name, kind in (("small", SMALL), ("tiny", TINY)))
+
+    def options(suite, kind):
+        own = ["--suite.name", str(suite), "--model.bank", kind, "--run.name", f"{suite.name}-{kind}"]
+        fixed = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--run.report=false"]
+        return ["--config", f"clip/{recipe}", "--run.root", str(folder / "runs"), *own, *fixed]
+
+    plan = planned(*options(small, kinds[0]))
+    measured = measured_peaks(options(tiny, kinds[0]), *(options(small, kind) for kind in kinds))
+    return [plan["memory"][kind]["total"] for kind in kinds], measured
+
+
+def test_planned_memory_is_near_the_measured_peak(tmp_path, planned):
+    expected, measured = _peaks(tmp_path, "adamerging", planned, ["streamed"])
+    assert expected == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_planned_memory_is_near_the_measured_peak_of_every_placement(tmp_path, planned, recipe):
+    expected, measured = _peaks(tmp_path, recipe, planned, KINDS)
+    assert expected == pytest.approx(measured, rel=0.15)
