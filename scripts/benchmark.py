@@ -271,7 +271,8 @@ def merges(bank, naive: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 def peak_of(contender: str, model: str, tasks: int, images: int, device: str, limit: int, report) -> None:
     torch.set_num_threads(1)
     # Better a MemoryError here than the kernel's choice of what to kill.
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if device == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     # The floor has plain weights and no bank.
     parts = workload(model, tasks, images, device, with_bank="floor" not in contender)
     step = globals()[contender](*parts)

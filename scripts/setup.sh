@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: a virtual environment in .venv with this package in it, made once.
 # Needs Python 3.11 or newer; PYTHON names another interpreter.
 set -euo pipefail

@@ -24,6 +24,13 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-inputs", type=int, default=10**9, help="of `-m fuzz`: how many files at most")
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
 class Toy(nn.Module):
     """Two blocks between a stem and a projection: images [B, 3, 4, 4] → features [B, 6]."""
 

@@ -22,13 +22,12 @@ def fit(module, images, steps=STEPS, stream=None, **trainer):
     """Λ after each step, [S, T, G]."""
     trajectory = Trajectory()
     settings = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", num_sanity_val_steps=0, callbacks=[trajectory], **settings | trainer
-    )
+    trainer = pl.Trainer(max_steps=steps, num_sanity_val_steps=0, callbacks=[trajectory], **settings | trainer)
     trainer.fit(module, datamodule=am.TaskStream(images, **{"images_per_task": 8} | (stream or {})))
     return torch.stack(trajectory.values)

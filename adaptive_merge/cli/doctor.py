@@ -12,28 +12,31 @@ from pathlib import Path
 
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.errors import InputError
+from adaptive_merge.files import strict_json
+from adaptive_merge.process.signals import INTERACTIVE
 from adaptive_merge.runs.checkpoint_io import StorageError, check_writable, nearest
 
 __all__ = ["disk", "doctor", "launcher", "traps"]
 
 _PACKAGES = ("adaptive_merge", "torch", "torchvision", "pytorch-lightning", "jsonargparse", "open_clip_torch", "wandb")
 _LITTLE_ROOM = 1 << 30  # bytes
-_INTERACTIVE = ("bash", "interactive")
 
 
 def doctor(arguments: list[str]) -> None:
     """Print versions, devices, launcher, disks and wandb's mode; exit code 2 where a run could not start."""
     parser = Parser("adaptive-merge doctor", description=doctor.__doc__)
     parser.add_argument("--root", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
     options = parser.parse_args(arguments)
     found, trouble = disk(Path(options.root))
     found = {"versions": _versions(), "devices": _devices(), "launcher": launcher(os.environ), **found}
     found["wandb"] = _wandb(os.environ)
     warnings = traps(os.environ)
-    for what, told in found.items():
-        write(f"{what:<12} {told}")
-    for warning in warnings:
-        write(f"{'warning':<12} {warning}")
+    if options.json:
+        write(strict_json(found | {"warnings": warnings, "trouble": trouble}, indent=2))
+    else:
+        for what, told in [*found.items(), *(("warning", warning) for warning in warnings)]:
+            write(f"{what:<12} {told}")
     if trouble:
         raise InputError("; ".join(trouble))
 
@@ -46,7 +49,7 @@ def launcher(environment: Mapping[str, str]) -> str:
     if "TORCHELASTIC_RUN_ID" in environment:
         return f"torchrun, process {environment.get('RANK')} of {environment.get('WORLD_SIZE')} (TORCHELASTIC_RUN_ID)"
     name = environment.get("SLURM_JOB_NAME")
-    if "SLURM_NTASKS" in environment and name in _INTERACTIVE:
+    if "SLURM_NTASKS" in environment and name in INTERACTIVE:
         return f"this process only: SLURM is not used, for the job is named {name!r} (SLURM_JOB_NAME)"
     if "SLURM_NTASKS" in environment:
         rank, world = environment.get("SLURM_PROCID", "?"), environment["SLURM_NTASKS"]
@@ -64,7 +67,7 @@ def traps(environment: Mapping[str, str]) -> list[str]:
     inside = "SLURM_JOB_ID" in environment
     tasks, per_node = (environment.get(name, "") for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"))
     elastic = "TORCHELASTIC_RUN_ID" in environment
-    if environment.get("SLURM_JOB_NAME") in _INTERACTIVE:
+    if environment.get("SLURM_JOB_NAME") in INTERACTIVE:
         found.append("a SLURM job named 'bash' or 'interactive' turns SLURM mode off; give it another --job-name")
     if tasks.isdigit() and per_node.isdigit() and int(tasks) < int(per_node):
         found.append(f"SLURM_NTASKS={tasks} is below SLURM_NTASKS_PER_NODE={per_node}: set --nodes × --ntasks-per-node")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import yaml
 from jsonargparse import Namespace, class_from_function
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from adaptive_merge import upstream
 from adaptive_merge.callbacks import watchers
@@ -19,11 +22,13 @@ from adaptive_merge.callbacks.guard.guard import Select
 from adaptive_merge.cli.configs import layered
 from adaptive_merge.cli.hints import explain
 from adaptive_merge.cli.session import TRAINER_DEFAULTS, GuardMode, Session, quiet
+from adaptive_merge.cli.slurm import Slurm
 from adaptive_merge.cli.stopped import Place, answering
 from adaptive_merge.cli.trainer import check_trainer, refusal, restoring
 from adaptive_merge.data import TaskStream
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.errors import AdaptiveMergeError, InputError
+from adaptive_merge.errors import AdaptiveMergeError, InputError, printable
+from adaptive_merge.files import strict_json
 from adaptive_merge.limits import VALUES, check_names, check_nesting
 from adaptive_merge.runs.checkpoint_io import check_writable
 from adaptive_merge.runs.folder import IfExists, SaveConfig, check_name
@@ -36,7 +41,7 @@ _LOAD = jsonargparse.get_loader("yaml")
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
-    """Run `fit` or `validate`, named in the arguments; the results of `fit`.
+    """Run `fit` or `validate`, named in the arguments; the results of `fit`, or view/task/quantity → its value.
 
     Raises:
         AdaptiveMergeError: what the user has to mend.
@@ -51,8 +56,31 @@ def fit(arguments: list[str]) -> None:
 
 
 def validate(arguments: list[str]) -> None:
-    """Score a view of a merge; nothing is written."""
-    run(["validate", *arguments])
+    """Score a view of a merge; nothing is written. `--json` prints for machines what else is a table."""
+    plain = [argument for argument in arguments if argument != "--json"]
+    scores = run(["validate", *plain])
+    Console().print_json(strict_json(scores)) if plain != arguments else Console().print(_table(scores))
+
+
+def _table(scores: Mapping[str, float]) -> Table:
+    """A row a task, a column a quantity, in percent; what a task has none of is said to be missing."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        _, *task, quantity = key.split("/")
+        rows.setdefault("/".join(task), {})[quantity] = value
+    average = rows.pop("", {})
+    names = list(dict.fromkeys(name for row in (*rows.values(), average) for name in row))
+    view = Table("task", *(f"{name}, %" for name in names))
+    for column in view.columns[1:]:
+        column.justify = "right"
+    average = {
+        name: sum(row[name] for row in rows.values()) / len(rows)
+        for name in names
+        if all(name in row for row in rows.values())
+    } | average
+    for task, row in {**rows, "average": average}.items():
+        view.add_row(escape(printable(task)), *(f"{100 * row[name]:.1f}" if name in row else "none" for name in names))
+    return view
 
 
 class AdaptiveMergeCLI(LightningCLI):
@@ -65,7 +93,7 @@ class AdaptiveMergeCLI(LightningCLI):
         _stay_local()
         self._run, self._parsers = run, []
         self._session: Session | None = None
-        self.results: dict[str, Any] = {}  # of `fit`, once it has ended
+        self.results: dict[str, Any] = {}  # once it has ended
         self._held, self._place = held or ExitStack(), place or Place()
         try:
             self._build(args, run)
@@ -111,7 +139,7 @@ class AdaptiveMergeCLI(LightningCLI):
             options = {option for one in self._parsers for option in upstream.options_of(one)}
             raise InputError(explain(error, options)) from error
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        for room in ("suite", "model", "data", "trainer", "run"):
+        for room in ("suite", "model", "data", "trainer", "run", "slurm"):
             if not isinstance(settings[room], Namespace):
                 raise InputError(f"{room}: expected a mapping of settings, got {settings[room]!r:.60}")
         if not 0 <= settings.seed_everything < 2**32:
@@ -168,6 +196,7 @@ class AdaptiveMergeCLI(LightningCLI):
             "by entropy, none of which needs labels; `oracle` uses labels, and the run is marked everywhere",
         )
         parser.add_argument("--run.report", type=bool, default=True, help="write report.html at the end of `fit`")
+        parser.add_class_arguments(Slurm, "slurm")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets the hyper-parameters in a checkpoint choose the configuration here; we do not."""
@@ -188,6 +217,8 @@ class AdaptiveMergeCLI(LightningCLI):
         settings = self.settings
         if self.subcommand:
             check_trainer(settings.trainer)
+        if self.subcommand == "validate":
+            settings.verbose = False  # Lightning's table has the means once for each task
         if self.subcommand != "fit":
             return
         settings.weights_only = True
@@ -244,9 +275,8 @@ class AdaptiveMergeCLI(LightningCLI):
         )
 
     def after_validate(self) -> None:
-        """Print the accuracies of the view that was validated."""
-        scores = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
-        Console().print(scores)
+        """Keep the scores of the view that was validated."""
+        self.results = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
 
 
 def _stay_local() -> None:

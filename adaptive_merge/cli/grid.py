@@ -1,4 +1,4 @@
-"""A grid of settings: what `adaptive-merge tune` is asked to try, which `fit` each combination is, what is done."""
+"""A grid of settings: what `tune` and `submit` are asked to run, which `fit` each combination is, what is done."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from adaptive_merge.privacy import scrub
 from adaptive_merge.runs.checkpoint_io import check_writable
 from adaptive_merge.runs.folder import RUN_FILES
 
-__all__ = ["Grid", "Trial", "arguments_of", "parse_grid", "plan"]
+__all__ = ["Grid", "Trial", "arguments_of", "parse_grid", "plan", "settings_of", "without"]
 
 _KEY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _LONGEST: Final = 80  # characters of a folder's name
 # Settings that say where a run lies or what it is scored on: runs that differ in these are not ranked together.
-_NOT_VARIED: Final = ("config", "ckpt_path", "weights_only", "suite", "data.protocol", "data.corruption")
-_OF_THE_FOLDER: Final = ("run.root", "run.name", "run.if_exists", "run.report")
+_NOT_RANKED: Final = ("config", "suite", "data.protocol", "data.corruption")
+_OF_THE_FOLDER: Final = ("run.root", "run.name", "run.if_exists", "run.report", "slurm", "ckpt_path", "weights_only")
 # Settings that do not make a finished run another one; the stream's seed follows seed_everything and is not written.
 _NOT_COMPARED: Final = (
     "data.seed",
-    *("config", "ckpt_path", "weights_only", "trainer.default_root_dir", "trainer.enable_progress_bar"),
+    *("config", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.devices", "trainer.num_nodes"),
     *_OF_THE_FOLDER,
 )
 
@@ -51,20 +51,26 @@ class Trial:
         return " ".join(f"{key}={_text(value)}" for key, value in self.values.items())
 
 
-def parse_grid(varied: Sequence[str]) -> Grid:
+def parse_grid(varied: Sequence[str], ranked: bool = True) -> Grid:
     """Setting → values, of `KEY=A,B,...`; a value is written as in YAML, so that lists, mappings and strings work.
 
+    Args:
+        varied: the settings.
+        ranked: whether the runs have to be comparable.
+
     Raises:
-        InputError: there is none, one is malformed or named twice, or it is not for a grid.
+        InputError: there is none to rank, one is malformed or named twice, or it is not for a grid.
     """
-    if not varied:
+    if ranked and not varied:
         raise InputError("nothing to tune; add --vary KEY=A,B,... such as --vary model.lr=0.0003,0.001,0.003")
     grid: Grid = {}
     for text in varied:
         key, equals, listed = text.partition("=")
         if not equals or not _KEY.fullmatch(key):
             raise InputError(f"--vary {text}: write KEY=A,B,... such as --vary model.lr=0.0003,0.001,0.003")
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in (*_NOT_VARIED, *_OF_THE_FOLDER)):
+        if _among(key, _OF_THE_FOLDER):
+            raise InputError(f"--vary {key}: it is one for all runs; give it once, without --vary")
+        if ranked and _among(key, _NOT_RANKED):
             raise InputError(
                 f"--vary {key}: runs that differ in it cannot be ranked together; start a tuning of its own for each "
                 "value, with another --run.name"
@@ -80,6 +86,10 @@ def parse_grid(varied: Sequence[str]) -> Grid:
             raise InputError(f"--vary {text}: give at least one value, and none twice")
         grid[key] = values
     return grid
+
+
+def _among(key: str, fixed: Sequence[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in fixed)
 
 
 class _Settings(AdaptiveMergeCLI):
@@ -98,35 +108,57 @@ class _Settings(AdaptiveMergeCLI):
         pass
 
 
-def plan(grid: Grid, rest: Sequence[str]) -> tuple[Path, list[Trial]]:
+def plan(grid: Grid, rest: Sequence[str], kind: str = "tune") -> tuple[Path, list[Trial]]:
     """The grid's folder and its trials; every combination is checked before the first one runs.
 
     Args:
-        grid: of `parse_grid`.
+        grid: of `parse_grid`; an empty one is one run, whose folder is that of `fit`.
         rest: the other arguments of `fit`.
+        kind: what the grid's folder is called by default, after the recipe.
 
     Raises:
         InputError: settings that `fit` does not know; a folder that holds a run of other settings.
     """
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    parsed = [_parse([*rest, *arguments_of(values)]) for values in combinations]
-    asked = parsed[0]["run"]
-    folder = Path(asked["root"]) / (asked["name"] or f"{parsed[0]['model']['recipe']}-tune")
+    arguments = [_with(values, rest) for values in combinations]
+    parsed = [settings_of(own) for own in arguments]
+    asked, recipe = parsed[0]["run"], parsed[0]["model"]["recipe"]
+    folder = Path(asked["root"]) / (asked["name"] or (f"{recipe}-{kind}" if grid else recipe))
     check_writable(folder)
-    if any((folder / name).exists() for name in RUN_FILES):
+    if grid and any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"{folder} holds a run, not a grid of them; choose another --run.name")
     overwrite = asked["if_exists"] == "overwrite"
     trials = []
-    for values, settings in zip(combinations, parsed):
-        place = folder / _slug(values)
-        own = [f"--run.root={folder}", f"--run.name={place.name}"]
+    for values, own, settings in zip(combinations, arguments, parsed):
+        place = folder / _slug(values) if grid else folder
+        own = without(own, ("run.root", "run.name", "run.if_exists"))
+        own += [f"--run.root={place.parent}", f"--run.name={place.name}"]
         own.append(f"--run.if_exists={'overwrite' if overwrite else 'resume'}")
-        pending = overwrite or not _finished(place, settings)
-        trials.append(Trial(values, [*rest, *arguments_of(values), *own], place, pending))
+        trials.append(Trial(values, own, place, overwrite or not _finished(place, settings)))
     return folder, trials
 
 
-def _parse(arguments: list[str]) -> dict[str, Any]:
+def _with(values: Mapping[str, Any], rest: Sequence[str]) -> list[str]:
+    """The arguments of one combination: a recipe comes before the configurations that are laid over it."""
+    recipe = {key: value for key, value in values.items() if key == "config"}
+    return [*arguments_of(recipe), *rest, *arguments_of({key: values[key] for key in values if key not in recipe})]
+
+
+def without(arguments: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """Arguments of `fit`, which it has taken, but for those of some settings."""
+    kept: list[str] = []
+    values = iter(arguments)
+    for argument in values:
+        option, equals, _ = argument.partition("=")
+        if not _among(option.removeprefix("--"), settings):
+            kept.append(argument)
+        elif not equals:
+            next(values, None)
+    return kept
+
+
+def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """What `fit` would run with, as plain values without secrets."""
     settings = _Settings(args=["fit", *arguments]).settings
     return json.loads(json.dumps(scrub(settings.as_dict()), default=str))
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from adaptive_merge.cli.parser import Parser, write
-from adaptive_merge.errors import InputError, MissingFileError
+from adaptive_merge.errors import InputError, MissingFileError, printable
 from adaptive_merge.files import strict_json
 from adaptive_merge.limits import check_header, read_json
 from adaptive_merge.process.locks import holder
@@ -18,15 +23,52 @@ from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.journal import Journal
 from adaptive_merge.runs.measures import measures
 from adaptive_merge.runs.reading import read_run
+from adaptive_merge.runs.results import table
 
 __all__ = ["describe", "inspect"]
+
+_TOLD = ("recipe", "seed", "steps", "trainable_parameters", "seconds", "peak_memory_bytes", "guard", "versions")
+_LISTED = 12
 
 
 def inspect(arguments: list[str]) -> None:
     """Say what is in a run folder, a checkpoint, a bank of task vectors or a safetensors file."""
     parser = Parser("adaptive-merge inspect", description=inspect.__doc__)
     parser.add_argument("path", help="a run folder, a .ckpt or a .safetensors file")
-    write(strict_json(describe(parser.parse_args(arguments).path), indent=2, default=str))
+    parser.add_argument("--json", action="store_true", help="print all of it as one JSON object, for machines")
+    options = parser.parse_args(arguments)
+    content = describe(options.path)
+    if options.json:
+        write(strict_json(content, indent=2, default=str))
+    else:
+        _show(content, Path(options.path))
+
+
+def _show(content: dict[str, Any], path: Path) -> None:
+    """As tables: accuracies of a finished run, and a row for each other fact or tensor."""
+    facts, console = dict(content), Console()
+    if "results" in facts:
+        results = facts.pop("results")
+        facts |= {name: results[name] for name in _TOLD if name in results}
+        facts.pop("interference", None)
+        with contextlib.suppress(InputError):
+            console.print(table(read_run(path).results))
+    view = Table("what", "found")
+    for name, value in _rows(facts):
+        view.add_row(Text(printable(name)), Text(printable(value)))
+    console.print(view)
+
+
+def _rows(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each plain value under the names that lead to it; of a long list its first entries."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _rows(value, f"{prefix}{key} · ")
+        elif isinstance(value, list):
+            more = f" … {len(value)} in all" if len(value) > _LISTED else ""
+            yield f"{prefix}{key}", ", ".join(map(str, value[:_LISTED])) + more
+        else:
+            yield f"{prefix}{key}", f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def describe(path: str | Path) -> dict[str, Any]:

@@ -84,7 +84,8 @@ class Session:
     def loggers(self, given: Any) -> list[Logger]:
         """The CSV log, which is always on, and the loggers that the user gave: one, several, or a bool."""
         others = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
-        protected = [protect(logger, self.folder, self.resumed_at > 0) for logger in others]
+        again = self.if_exists == "resume" or self.resumed_at > 0
+        protected = [protect(logger, self.folder, again) for logger in others]
         return [RunLog(self.folder, self.resumed_at), *protected]
 
     def equip(self, trainer: pl.Trainer, guard: GuardMode, select: Select) -> None:

@@ -16,7 +16,10 @@ Command = Callable[[list[str]], None]
 # Name → what it does, and `module:function` under this package.
 COMMANDS: Final = {
     "fit": ("adapt a merge on unlabelled test images and write a run folder", "fit:fit"),
-    "validate": ("score the merge that a configuration starts from; nothing is written", "fit:validate"),
+    "validate": (
+        "score the merge that a configuration starts from; nothing is written (--json for machines)",
+        "fit:validate",
+    ),
     "predict": ("write what an adapted model says about a folder of images", "predict:predict"),
     "merge": ("write the merged weights of a run or a recipe as safetensors", "merge:merge"),
     "inspect": ("print what is in a run folder, a checkpoint or a safetensors file", "inspect:inspect"),
@@ -25,6 +28,7 @@ COMMANDS: Final = {
     "export": ("write an adapted model for open_clip, Hugging Face or ONNX Runtime", "export:export"),
     "data": ("check whether the data sets of a suite are there and readable", "data:data"),
     "tune": ("run fit over a grid of settings and rank the runs without labels", "tune:tune"),
+    "submit": ("hand a run, or an array of runs, to SLURM; list how far they are", "submit:submit"),
     "choose": ("rank finished runs by a criterion that needs no labels", "choose:choose"),
     "recipes": ("list the recipes that --config knows by name", "recipes:recipes"),
 }

@@ -24,6 +24,7 @@ from adaptive_merge.errors import InputError
 from adaptive_merge.files import save_json
 from adaptive_merge.privacy import scrub
 from adaptive_merge.process.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_TERMINATED
+from adaptive_merge.runs.array import last_words
 from adaptive_merge.runs.ranking import BY, Candidate, check_by, conclusion, marked, rank, table
 from adaptive_merge.runs.reading import read_run
 
@@ -76,7 +77,7 @@ def _candidate(trial: Trial, place: str) -> Candidate:
         if code in (EXIT_REQUEUE, EXIT_TERMINATED, EXIT_INTERRUPTED):
             raise SystemExit(code)  # told to stop: the run has saved its state, and the same command goes on from it
         if code not in (0, RunStopped.exit_code) or not (trial.folder / "results.json").is_file():
-            problem = f"failed with exit code {code}: {_last_words(log)}"
+            problem = f"failed with exit code {code}: {last_words(log.read_text(errors='replace'))}"
         write(f"{place} {trial.name}: {problem or f'done in {time.perf_counter() - began:.0f} s'}")
     else:
         write(f"{place} {trial.name}: finished before")
@@ -149,12 +150,6 @@ def _passing_on() -> Iterator[tuple[Callable[[subprocess.Popen[bytes]], None], l
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _last_words(log: Path) -> str:
-    """The message that a run ended with, or its last line."""
-    text = log.read_text(errors="replace").strip()
-    return text.rpartition("adaptive-merge: ")[2] if "adaptive-merge: " in text else text.rpartition("\n")[2]
 
 
 def _record(ranked: Sequence[Candidate], by: str, grid: Grid) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class ConcreteMask(Rule):
         self.linear.bind(task_vectors)
         self.inner.bind(task_vectors)
         self.tasks, self.groups, self.free = self.linear.tasks, self.linear.groups, self.linear.free
+        self.names = task_vectors.layout.names
         self.sizes = [place.stop - place.start for place in task_vectors.layout.slices]
         self.logits = nn.Parameter(torch.zeros(sum(self.sizes)))
         self.register_buffer("start", self.inner.values.detach().clone(), persistent=False)
@@ -172,6 +173,13 @@ class ConcreteMask(Rule):
 
     def rebase(self, task_vectors: TaskVectors) -> None:
         raise InputError("a mask cannot go on from a start: there λ is 0, and a mask of nothing learns nothing")
+
+    @torch.no_grad()
+    def kept(self) -> dict[str, dict[str, float]]:
+        """Task → parameter → mean of the mask before it is divided by it; the tasks share one mask."""
+        masks = torch.sigmoid(self.logits / self.temperature).split(self.sizes)
+        shares = {name: float(mask.mean()) for name, mask in zip(self.names, masks)}
+        return {task: shares for task in self.tasks}
 
     def display(self) -> Tensor | None:
         return None if self.granularity == "fixed" else self.linear()

@@ -9,16 +9,13 @@ from torchmetrics import Metric
 from adaptive_merge.adapters.heads import Head
 from adaptive_merge.errors import InputError
 from adaptive_merge.objectives.base import Prediction
-from adaptive_merge.objectives.functional import jensen_shannon, normalised_entropy, undefined
+from adaptive_merge.objectives.functional import BINS, calibration_bin, jensen_shannon, normalised_entropy, undefined
 
-__all__ = ["CRITERIA", "ROUTED", "TaskScore"]
+__all__ = ["CRITERIA", "TaskScore"]
 
 CRITERIA = {"agreement": 1, "js": -1, "entropy": -1}
 """Label-free, with the sign of what is better: share of units on which model and expert predict the same, mean
 Jensen–Shannon divergence to the expert in nats, mean entropy over ln C."""
-ROUTED = ("routing", "known", "unknown")
-"""Of a route: share of images that it sends to their task; accuracy with the task known, and left to the route."""
-_BINS = 15
 
 
 class TaskScore(Metric):
@@ -51,7 +48,7 @@ class TaskScore(Metric):
         # Images, those sent here, summed scores.
         self.add_state("routed", torch.zeros(2 + tasks), dist_reduce_fx="sum")
         # Rows: units, correct, summed confidence. Sums, not lists: a process's share of a task may be empty.
-        self.add_state("bins", torch.zeros(3, _BINS), dist_reduce_fx="sum")
+        self.add_state("bins", torch.zeros(3, BINS), dist_reduce_fx="sum")
         self.add_state("compared", torch.zeros(1 + len(CRITERIA)), dist_reduce_fx="sum")
         self.add_state("undefined", torch.zeros(2), dist_reduce_fx="sum")
 
@@ -80,7 +77,7 @@ class TaskScore(Metric):
         if ours.scores is not None:
             self._route(ours.scores, ours.row, predicted, labels)
         confidence = ours.logits.float().softmax(-1).amax(-1)
-        place = (confidence.nan_to_num() * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
+        place = calibration_bin(confidence)
         rows = torch.stack([torch.ones_like(confidence), (predicted == labels).float(), confidence])
         # Not in place: `reset` may have made the sums in inference mode.
         self.bins = self.bins.index_add(1, place, rows)

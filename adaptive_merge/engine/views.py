@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-__all__ = ["VIEWS", "View", "gain", "percent"]
+__all__ = ["ROUTED", "VIEWS", "View", "gain", "percent"]
 
 View = Literal["pretrained", "individual", "anchor", "initial", "adapted"]
 """`"anchor"`: the static merge that a start was solved from."""
 VIEWS: tuple[View, ...] = ("pretrained", "individual", "initial", "adapted")
+ROUTED = ("routing", "known", "unknown")
+"""Of a route: share of images that it sends to their task; accuracy with the task known, and left to the route."""
 
 
 def percent(share: float) -> float:

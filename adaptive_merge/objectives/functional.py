@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "BINS",
     "Distance",
+    "calibration_bin",
     "confidence_filter",
     "entropy",
     "feature_distance",
@@ -21,6 +23,8 @@ __all__ = [
 ]
 
 Distance = Literal["l1", "l2", "smooth_l1", "cosine"]
+BINS = 15
+"""Of the expected calibration error (Guo et al., ICML 2017)."""
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -68,3 +72,8 @@ def log_probabilities(logits: Tensor) -> Tensor:
     # A class at −inf has p = 0: its clamped logarithm keeps 0 · log 0 at 0, in the gradient as well.
     log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
     return log_p.clamp_min(torch.finfo(log_p.dtype).min / 4)
+
+
+def calibration_bin(confidence: Tensor) -> Tensor:
+    """Which of the `BINS` bins of equal width, closed above, each confidence in [0, 1] lies in, int64 of its shape."""
+    return (confidence.nan_to_num() * BINS).ceil().long().sub(1).clamp(0, BINS - 1)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,7 +26,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LockedError", "alive", "holder", "in_turn", "locked"]
+__all__ = ["JOB", "LockedError", "alive", "holder", "in_turn", "locked"]
+
+JOB: Final = "ADAPTIVE_MERGE_JOB"
+"""Variable that names a job of which one attempt runs at a time, where the scheduler is not SLURM."""
 
 _NO_FLOCK: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS, Lustre
 _TRIES = 20
@@ -204,10 +209,17 @@ def _ourselves() -> dict[str, Any]:
         "space": _link("/proc/self/ns/pid"),
         "process": os.getpid(),
         "started": _started(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID", ""),
-        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        **_job(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
+
+
+def _job() -> dict[str, str]:
+    """The job of a scheduler that starts one attempt at a time, and which attempt this is."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return {"job": job, "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
+    job = os.environ.get(JOB, "")
+    return {"job": job, "restart": f"{socket.gethostname()} {_link('/proc/self/ns/pid')}" if job else "0"}
 
 
 def _gone(content: dict[str, Any]) -> bool:
@@ -216,14 +228,29 @@ def _gone(content: dict[str, Any]) -> bool:
     if not isinstance(process, int):
         return True  # damaged
     if us["job"] and content.get("job") == us["job"] and content.get("restart") != us["restart"]:
-        return True  # SLURM has started the same job again: what ran before is over
+        return True  # the same job was started again: what ran before is over
     if content.get("host") != us["host"]:
-        return False
+        return _left_queue(str(content.get("job", "")))
     if content.get("boot") != us["boot"]:
         return True  # the machine has been started since
     if content.get("space") != us["space"]:
         return False  # in another container: its processes cannot be seen from here
     return not alive(process) or _started(process) != content.get("started")
+
+
+def _left_queue(job: str) -> bool:
+    """Whether SLURM knows of a job that it is over; False where there is no SLURM to ask, or it does not answer."""
+    squeue = shutil.which("squeue")
+    if squeue is None or not job.isdigit():
+        return False
+    try:
+        told = subprocess.run(
+            [squeue, "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    # Of a job that ended long ago nothing is known any more, and that is an error.
+    return not told.stdout.strip() if told.returncode == 0 else "Invalid job id" in told.stderr
 
 
 def _far(content: dict[str, Any]) -> bool:

@@ -19,10 +19,12 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 __all__ = [
+    "BY_SCRIPT",
     "EXIT_INTERRUPTED",
     "EXIT_REQUEUE",
     "EXIT_TERMINATED",
     "GO_ON",
+    "INTERACTIVE",
     "INTERRUPT",
     "REQUEUE",
     "Preempted",
@@ -37,7 +39,9 @@ _log = logging.getLogger(__name__)
 EXIT_REQUEUE: Final = 75  # EX_TEMPFAIL of sysexits.h: start me again
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 EXIT_TERMINATED: Final = 128 + signal.SIGTERM
-_INTERACTIVE: Final = ("bash", "interactive")  # names that turn off SLURM mode in Lightning
+INTERACTIVE: Final = ("bash", "interactive")  # names that turn off SLURM mode in Lightning
+# With this variable the batch script hands the job back, by the exit code: a container has no scontrol.
+BY_SCRIPT: Final = "ADAPTIVE_MERGE_REQUEUE_BY_SCRIPT"
 # What was asked, in order of rank: processes agree on the highest.
 GO_ON, INTERRUPT, STOP, REQUEUE = range(4)
 _CURRENT: list[Signals] = []
@@ -160,7 +164,7 @@ def slurm_job() -> str | None:
     job = os.environ.get("SLURM_JOB_ID", "")
     if os.environ.get("SLURM_ARRAY_JOB_ID") and os.environ.get("SLURM_ARRAY_TASK_ID"):
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    usable = re.fullmatch(r"\d+(_\d+)?", job) and os.environ.get("SLURM_JOB_NAME") not in _INTERACTIVE
+    usable = re.fullmatch(r"\d+(_\d+)?", job) and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
     return job if usable else None
 
 
@@ -169,6 +173,8 @@ def _is_first() -> bool:
 
 
 def _requeue(job: str) -> bool:
+    if os.environ.get(BY_SCRIPT):
+        return True
     command = shutil.which("scontrol")
     if command is None:
         _log.warning("SLURM job %s is not requeued: there is no scontrol here", job)

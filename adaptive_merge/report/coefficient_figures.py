@@ -11,13 +11,13 @@ from adaptive_merge.report.layers import depth, readable
 from adaptive_merge.report.style import (
     INK,
     MUTED,
-    PAPER,
-    PRINT,
     SEQUENTIAL,
     canvas,
     colour,
+    contrasting,
     label,
     legend,
+    span,
     styled,
     tune,
 )
@@ -41,7 +41,7 @@ def coefficient_heatmap(tasks: Sequence[str], groups: Sequence[str], values: np.
     values, groups = np.asarray(values, float)[:, order], [groups[index] for index in order]
     rows, columns = values.shape
     figure, (axes,) = canvas(max(4.8, 1.9 + _CELL * columns), 1.75 + 0.26 * rows)
-    low, high = min(0.0, np.nanmin(values)), max(np.nanmax(values), 1e-6)
+    low, high = span(values)
     image = axes.imshow(values, aspect="auto", cmap=SEQUENTIAL, vmin=low, vmax=high, interpolation="nearest")
     axes.set_yticks(range(rows), [label(task) for task in tasks])
     if columns > 1:
@@ -51,11 +51,12 @@ def coefficient_heatmap(tasks: Sequence[str], groups: Sequence[str], values: np.
     _separate_stages(axes, groups)
     if columns <= 14:
         for row, column in np.ndindex(rows, columns):
-            ink = PAPER if values[row, column] - low > 0.5 * (high - low) else PRINT
+            ink = contrasting(SEQUENTIAL((values[row, column] - low) / (high - low)))
             axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", fontsize=7.5, color=ink)
     tune(axes, grid=None)
-    bar = figure.colorbar(image, ax=axes, pad=0.01 if columns > 30 else 0.02, fraction=0.03, aspect=12)
-    bar.outline.set_visible(False)
+    if np.ptp(values) > 0:
+        bar = figure.colorbar(image, ax=axes, pad=0.01 if columns > 30 else 0.02, fraction=0.03, aspect=12)
+        bar.outline.set_visible(False)
     axes.spines[:].set_visible(False)
     return figure
 
@@ -78,6 +79,7 @@ def coefficient_trajectories(tasks: Sequence[str], steps: Sequence[int], values:
             low, high = np.quantile(part, [0.1, 0.9], axis=1)
             axes.fill_between(steps, low, high, color=colour(index), alpha=0.12, linewidth=0)
         axes.plot(steps, part.mean(1), color=colour(index), label=label(task, 14), marker="o" if len(steps) < 3 else "")
+    axes.set_xlim(0, max(1, *steps))
     tune(axes, x="step", y="coefficient: mean, middle 80 %" if banded else "mean coefficient")
     legend(axes)
     return figure
@@ -85,15 +87,20 @@ def coefficient_trajectories(tasks: Sequence[str], steps: Sequence[int], values:
 
 @styled
 def depth_profile(
-    tasks: Sequence[str], groups: Sequence[str], values: np.ndarray, initial: np.ndarray | None = None
+    tasks: Sequence[str],
+    groups: Sequence[str],
+    values: np.ndarray,
+    initial: np.ndarray | None = None,
+    y: str = "mean coefficient",
 ) -> Figure:
-    """Mean λ of each task in each stage of the network, from the stem to the end.
+    """Mean λ, or another value, of each task in each stage of the network, from the stem to the end.
 
     Args:
         tasks: T names.
         groups: G names.
         values: Λ [T, G].
         initial: Λ before adaptation [T, G], drawn as a dashed mean line.
+        y: what the values are.
     """
     labels, stage_of = depth(groups)
     values, stage_of = np.asarray(values, float), np.asarray(stage_of)
@@ -105,7 +112,7 @@ def depth_profile(
         means = [np.asarray(initial, float)[:, stage_of == stage].mean() for stage in range(len(labels))]
         axes.plot(range(len(labels)), means, color=MUTED, linestyle="--", linewidth=1, label="start")
     axes.set_xticks(range(len(labels)), labels, fontsize=8 if len(labels) < 16 else 6.5)
-    tune(axes, x="block", y="mean coefficient")
+    tune(axes, x="block", y=y)
     legend(axes)
     return figure
 

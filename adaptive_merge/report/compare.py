@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from adaptive_merge.report import figures
 from adaptive_merge.report.panels import Plan
-from adaptive_merge.report.statistics import mean_and_deviation, sign_flip_test
+from adaptive_merge.report.statistics import (
+    Difference,
+    half_width,
+    independent_images,
+    mean_and_deviation,
+    paired_images,
+    sign_flip_test,
+)
 from adaptive_merge.report.style import short
 from adaptive_merge.report.summary import gap_closed
 from adaptive_merge.report.terms import ORACLE, protocol, terms
 from adaptive_merge.runs.reading import Run
 from adaptive_merge.runs.results import uses_labels
 
-__all__ = ["Contrast", "Group", "alike", "comparison_plans", "contrasts", "group_runs"]
+__all__ = ["Contrast", "Group", "alike", "comparison_plans", "contrasts", "difference", "group_runs"]
 
+_BARS = 5  # with more groups than this a table says more than bars
+_OVERLAID = 8  # colours that are told apart
 _NOT_A_METHOD = ("seed_everything", "run", "ckpt_path", "weights_only", "trainer")
 
 
@@ -40,11 +49,33 @@ class Group:
 
     def per_task(self) -> dict[str, list[float]]:
         """Merged task → adapted accuracy of each run."""
-        found: dict[str, list[float]] = {}
+        accuracies: dict[str, list[float]] = {}
         for run in self.runs:
             for task, row in run.merged.items():
-                found.setdefault(task, []).append(row["adapted"])
-        return found
+                accuracies.setdefault(task, []).append(row["adapted"])
+        return accuracies
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Merged task → number of scored images, and mean adapted accuracy over the runs."""
+        images = self.runs[0].merged
+        return {
+            task: {"n": images[task]["n"], "adapted": float(np.mean(values))}
+            for task, values in self.per_task().items()
+            if task in images
+        }
+
+    def verdicts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Merged task → labels, and the share of the runs that were right about each image, [n] each.
+
+        Only tasks of which every run kept what it said, about the same images.
+        """
+        first, *others = (run.verdicts() for run in self.runs)
+        kept = {task: [pair, *(other[task] for other in others if task in other)] for task, pair in first.items()}
+        return {
+            task: (pairs[0][0], np.mean([right for _, right in pairs], axis=0))
+            for task, pairs in kept.items()
+            if len(pairs) == len(self.runs) and all(np.array_equal(pairs[0][0], labels) for labels, _ in pairs)
+        }
 
     @property
     def spread(self) -> tuple[float, float | None]:
@@ -69,12 +100,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A group against the best one on the same terms: mean difference, pairs and p, over tasks and over seeds."""
+    """A group against the best one on the same terms: difference over images, pairs and p over tasks and over seeds."""
 
     terms: str
     name: str
     reference: str
-    difference: float
+    images: Difference
     tasks: int
     p_tasks: float | None
     seeds: int
@@ -96,15 +127,35 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 def alike(groups: Sequence[Group]) -> dict[str, list[Group]]:
     """Terms → the groups that may be compared with one another, in their order."""
-    found: dict[str, list[Group]] = {}
+    by_terms: dict[str, list[Group]] = {}
     for group in groups:
-        found.setdefault(group.terms, []).append(group)
-    return found
+        by_terms.setdefault(group.terms, []).append(group)
+    return by_terms
 
 
 def contrasts(groups: Sequence[Group]) -> list[Contrast]:
     """Every group but the best against the best on the same terms, on the tasks and seeds that both have."""
-    return [_contrast(first, other) for first, *others in alike(groups).values() for other in others]
+    pairs = [_contrast(first, other) for first, *others in alike(groups).values() for other in others]
+    return [pair for pair in pairs if pair is not None]
+
+
+def difference(first: Group, second: Group) -> Difference | None:
+    """Second less first on the tasks of both: paired over images where all runs kept what they said, else binomial.
+
+    The variance over seeds of a group of several runs is added to that over images. None without a common task.
+    """
+    seeds = sum((group.spread[1] or 0.0) ** 2 / len(group.runs) for group in (first, second))
+    scores = [group.scores() for group in (first, second)]
+    tasks = [task for task in scores[0] if task in scores[1]]
+    if not tasks:
+        return None
+    verdicts = [group.verdicts() for group in (first, second)]
+    if all(
+        task in verdicts[0] and task in verdicts[1] and np.array_equal(verdicts[0][task][0], verdicts[1][task][0])
+        for task in tasks
+    ):
+        return paired_images(*({task: one[task][1] for task in tasks} for one in verdicts), seeds=seeds)
+    return independent_images(*({task: one[task] for task in tasks} for one in scores), seeds=seeds)
 
 
 def _name(run: Run, others: Sequence[Run]) -> str:
@@ -135,7 +186,10 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _contrast(best: Group, other: Group) -> Contrast:
+def _contrast(best: Group, other: Group) -> Contrast | None:
+    images = difference(best, other)
+    if images is None:
+        return None
     first, second = best.per_task(), other.per_task()
     tasks = [float(np.mean(second[task]) - np.mean(first[task])) for task in second if task in first]
     seeded = [{run.results["seed"]: run.results["average"]["adapted"] for run in group.runs} for group in (best, other)]
@@ -145,7 +199,7 @@ def _contrast(best: Group, other: Group) -> Contrast:
         best.terms,
         other.name,
         best.name,
-        float(np.mean(tasks)) if tasks else float("nan"),
+        images,
         len(tasks),
         sign_flip_test(tasks),
         len(seeds),
@@ -154,29 +208,25 @@ def _contrast(best: Group, other: Group) -> Contrast:
 
 
 def comparison_plans(groups: Sequence[Group]) -> Iterator[Plan]:
-    """Overlays of all groups."""
+    """Overlays of all groups: their means, their tasks, and the curves of the best few."""
     named = {f"{index + 1} {short(group.name, 20)}": group for index, group in enumerate(groups)}
     several = len(alike(groups)) > 1
     for shared in alike(groups):
         members = {name: group for name, group in named.items() if group.terms == shared}
-        measure = next(iter(members.values())).runs[0].measure
-        part = {name: group.per_task() for name, group in members.items()}
-        yield (
-            f"Adapted {measure} per task{f', protocol {short(shared, 60)}' if several else ''}",
-            "Merged tasks. Bars are means of a group, dots its runs.",
-            lambda part=part, measure=measure: figures.compare_bars(part, measure),
-            False,
-        )
+        where = f", protocol {short(shared, 60)}" if several else ""
+        yield from _of_alike(members, where)
+    best = dict(list(named.items())[:_OVERLAID])
+    rest = f" The first {_OVERLAID} of {len(named)} groups." if len(named) > _OVERLAID else ""
     for quantity, title in (("entropy", "Normalised entropy"), ("loss", "Loss")):
         curves = {
-            name: found
-            for name, group in named.items()
-            if (found := [curve for run in group.runs if (curve := run.curve(quantity))])
+            name: lines
+            for name, group in best.items()
+            if (lines := [curve for run in group.runs if (curve := run.curve(quantity))])
         }
         if curves:
             yield (
                 f"{title} over the steps",
-                "A line a run, a colour a group.",
+                f"A line a run, a colour a group.{rest}",
                 lambda curves=curves, title=title: figures.compare_curves(curves, title.lower()),
                 False,
             )
@@ -186,12 +236,46 @@ def comparison_plans(groups: Sequence[Group]) -> Iterator[Plan]:
             for run in group.runs
             if run.history and run.history.groups
         ]
-        for name, group in named.items()
+        for name, group in best.items()
     }
     if any(means.values()):
         yield (
             "Mean coefficient over the steps",
-            "Over all tasks and layers: how far each method moved from where it started.",
-            lambda: figures.compare_curves({name: found for name, found in means.items() if found}, "mean coefficient"),
+            f"Over all tasks and layers: how far each method moved from where it started.{rest}",
+            lambda: figures.compare_curves({name: lines for name, lines in means.items() if lines}, "mean coefficient"),
             False,
         )
+
+
+def _of_alike(members: Mapping[str, Group], where: str) -> Iterator[Plan]:
+    """Of groups on the same terms."""
+    measure = next(iter(members.values())).runs[0].measure
+    if len(members) > 1:
+        intervals = {name: (group.values(), _whisker(group)) for name, group in members.items()}
+        yield (
+            f"Mean adapted {measure} of the groups{where}",
+            "Of the merged tasks. A dot a run, a diamond their mean; bars are ± the standard deviation over seeds, or "
+            "of a single run ± the binomial 95 % interval of its images.",
+            lambda: figures.compare_means(intervals, measure),
+            False,
+        )
+    tasks = {name: group.per_task() for name, group in members.items()}
+    if len(members) <= _BARS:
+        yield (
+            f"Adapted {measure} per task{where}",
+            "Merged tasks. Bars are means of a group, dots its runs; whiskers as for the means.",
+            lambda: figures.compare_bars(tasks, measure, {name: group.scores() for name, group in members.items()}),
+            False,
+        )
+    else:
+        yield (
+            f"Adapted {measure} per task{where}",
+            "Merged tasks; means of a group in %.",
+            lambda: figures.compare_table(tasks),
+            False,
+        )
+
+
+def _whisker(group: Group) -> float:
+    deviation = group.spread[1]
+    return half_width(group.scores(), "adapted") if deviation is None else deviation

@@ -16,29 +16,32 @@ __all__ = ["calibration", "features", "interference", "routes"]
 
 def features(run: Run, tsne: bool) -> Iterator[Plan]:
     """Distances to the experts' features, and one task's features on a plane."""
-    found = run.diagnostics
-    if found is None:
+    kept = run.diagnostics
+    if kept is None:
         return
-    if {"distance.initial", "distance.adapted"} <= found.arrays.keys():
-        names = [run.shown(task) for task in found.tasks]
-        before, after = (dict(zip(names, found.arrays[f"distance.{view}"])) for view in ("initial", "adapted"))
+    if {"distance.initial", "distance.adapted"} <= kept.arrays.keys():
+        names = [run.shown(task) for task in kept.tasks]
+        stages = {_stage(run, view): kept.arrays[f"distance.{view}"] for view in ("initial", "adapted")}
+        views = {stage: dict(zip(names, distances)) for stage, distances in stages.items()}
         yield (
             "Distance to the expert's features",
             f"Representation bias: mean absolute difference per feature on the same {_counts(run)} images of a task.",
-            lambda: feature_figures.representation_distance(before, after),
+            lambda: feature_figures.representation_distance(views),
             False,
         )
-    place = _task_with_most_room(run, found.tasks)
+    place = _task_with_most_room(run, kept.tasks)
     views = ("individual", "initial", "adapted")
     points = {
-        view: found.arrays[f"features.{view}.{place}"] for view in views if f"features.{view}.{place}" in found.arrays
+        _stage(run, view): kept.arrays[f"features.{view}.{place}"]
+        for view in views
+        if f"features.{view}.{place}" in kept.arrays
     }
-    labels = found.arrays.get(f"label.adapted.{place}")
-    if labels is not None and f"sample.{place}" in found.arrays:  # files of older versions hold the first images
-        labels = labels[found.arrays[f"sample.{place}"]]
+    labels = kept.arrays.get(f"label.adapted.{place}")
+    if labels is not None and f"sample.{place}" in kept.arrays:  # files of older versions hold the first images
+        labels = labels[kept.arrays[f"sample.{place}"]]
     if len(points) < 2 or labels is None or min(len(part) for part in points.values()) < 3:
         return
-    name, size = label(found.tasks[place], 30), len(points["adapted"])
+    name, size = label(kept.tasks[place], 30), len(points["adapted"])
     for method, title in (("pca", "PCA"), ("tsne", "t-SNE"))[: 2 if tsne else 1]:
         yield (
             f"{title} of the features of {name}",
@@ -52,24 +55,24 @@ def features(run: Run, tsne: bool) -> Iterator[Plan]:
 
 def interference(run: Run) -> Iterator[Plan]:
     """What experts do to one another."""
-    found = run.diagnostics
-    if found is None:
+    kept = run.diagnostics
+    if kept is None:
         return
-    names = [run.shown(task) for task in found.tasks]
-    if "cosine" in found.arrays:
+    names = [run.shown(task) for task in kept.tasks]
+    if "cosine" in kept.arrays:
         yield (
             "Cosine of task vectors",
             "Near 0, adding one expert hardly disturbs another.",
-            lambda: feature_figures.cosine_matrix(names, found.arrays["cosine"]),
+            lambda: feature_figures.cosine_matrix(names, kept.arrays["cosine"]),
             False,
         )
-    known = found.interference()
+    known = kept.interference()
     if "sign_conflicts" in known:
         yield (
             "Sign conflicts",
             "Share of entries on which the task vectors of two tasks point in opposite directions, mean over pairs; "
             "signs drawn at random would give 50 %.",
-            lambda: feature_figures.sign_conflicts(found.parameters, found.arrays["sign_conflicts"][1]),
+            lambda: feature_figures.sign_conflicts(kept.parameters, kept.arrays["sign_conflicts"][1]),
             False,
         )
     if "masks" in known:
@@ -79,7 +82,7 @@ def interference(run: Run) -> Iterator[Plan]:
             "Jaccard index of the entries that tasks rely on. "
             f"A task keeps {100 * np.mean(list(density.values())):.0f} % of them on average; "
             f"{100 * alone:.0f} % serve one task alone (selfish), {100 * lost:.0f} % none (catastrophic).",
-            lambda: feature_figures.mask_overlap(names, found.arrays["masks.jaccard"]),
+            lambda: feature_figures.mask_overlap(names, kept.arrays["masks.jaccard"]),
             False,
         )
     if "alignment" in known:
@@ -88,7 +91,7 @@ def interference(run: Run) -> Iterator[Plan]:
             "Share of each task vector's norm that lies in the leading directions of the merge (SAR, ε = 0.05), mean "
             "over matrices.",
             lambda: feature_figures.subspace_alignment(
-                {view: dict(zip(names, values.values())) for view, values in known["alignment"].items()}
+                {_stage(run, view): dict(zip(names, values.values())) for view, values in known["alignment"].items()}
             ),
             False,
         )
@@ -97,51 +100,54 @@ def interference(run: Run) -> Iterator[Plan]:
             "Contribution of the layers",
             "Percentage points of agreement with the task's expert that are lost when a layer goes back to the "
             "pre-trained weights; below zero the task would be served better without its share.",
-            lambda: feature_figures.layer_contributions(found.layers, names, found.arrays["contribution"]),
+            lambda: feature_figures.layer_contributions(kept.layers, names, kept.arrays["contribution"]),
             False,
         )
-    if "cross" in found.arrays:
+    if "cross" in kept.arrays:
         yield (
             "Experts on each other's tasks",
             f"Accuracy in % of each expert with each task's head, on {_crossed(run)} images of it, drawn at random.",
-            lambda: feature_figures.cross_accuracy(names, found.arrays["cross"]),
+            lambda: feature_figures.cross_accuracy(names, kept.arrays["cross"]),
             False,
         )
 
 
 def routes(run: Run) -> Iterator[Plan]:
     """Where a route sends the images of each task."""
-    found = run.results.get("routing")
-    if isinstance(found, dict) and isinstance(found.get("tasks"), dict):
-        tasks = [run.shown(task) for task in found["tasks"]]
+    routing = run.results.get("routing")
+    if routing:
+        tasks = [run.shown(task) for task in routing["tasks"]]
         yield (
             "Routes by task",
             "Mean score of each task (column) on the images of each task (row); the largest score is an image's task.",
-            lambda: feature_figures.route_matrix(tasks, np.array([row["scores"] for row in found["tasks"].values()])),
+            lambda: feature_figures.route_matrix(
+                tasks, np.array([row["scores"] for row in routing["tasks"].values()], float)
+            ),
             False,
         )
 
 
 def calibration(run: Run) -> Iterator[Plan]:
     """How sure the models are, against how right."""
-    found = run.diagnostics
-    if found is None:
+    kept = run.diagnostics
+    if kept is None:
         return
     models, errors = {}, {}
     for view in ("individual", "initial", "adapted"):
         parts = [
             [
-                found.arrays[f"{kind}.{view}.{place}"]
-                for place, task in enumerate(found.tasks)
-                if task in run.merged and f"{kind}.{view}.{place}" in found.arrays
+                kept.arrays[f"{kind}.{view}.{place}"]
+                for place, task in enumerate(kept.tasks)
+                if task in run.merged and f"{kind}.{view}.{place}" in kept.arrays
             ]
             for kind in ("confidence", "correct")
         ]
         if all(parts):
-            models[view] = (np.concatenate(parts[0]), np.concatenate(parts[1]))
+            name = _stage(run, view)
+            models[name] = (np.concatenate(parts[0]), np.concatenate(parts[1]))
             recorded = run.calibration_error(view)
             alone = [feature_figures.calibration_error(*pair) for pair in zip(*parts)]
-            errors[view] = float(np.mean(alone)) if recorded is None else recorded
+            errors[name] = float(np.mean(alone)) if recorded is None else recorded
     if models:
         yield (
             "Reliability",
@@ -150,6 +156,11 @@ def calibration(run: Run) -> Iterator[Plan]:
             lambda: feature_figures.reliability(models, errors),
             False,
         )
+
+
+def _stage(run: Run, view: str) -> str:
+    """What a view is called in this run."""
+    return next((name for name, recorded in run.stages.items() if recorded == view), view)
 
 
 def _task_with_most_room(run: Run, tasks: list[str]) -> int:

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from adaptive_merge.engine.views import percent
+from adaptive_merge.objectives.functional import calibration_bin
 from adaptive_merge.report.layers import depth, readable
 from adaptive_merge.report.style import (
     DIVERGING,
     MUTED,
-    PAPER,
-    PRINT,
     SEQUENTIAL,
     VIEW_COLOURS,
     VIEW_NAMES,
@@ -22,6 +22,7 @@ from adaptive_merge.report.style import (
     colour,
     label,
     legend,
+    matrix,
     styled,
     tune,
 )
@@ -41,28 +42,15 @@ __all__ = [
     "route_matrix",
 ]
 
-_BINS = 15  # of the expected calibration error, as in Guo et al., ICML 2017
-
 
 @styled
-def representation_distance(before: Mapping[str, float], after: Mapping[str, float]) -> Figure:
-    """Mean L1 distance between merged and expert features per task, before and after the adaptation.
-
-    Args:
-        before: task → distance of the merge that the run started from.
-        after: task → distance of the adapted model (with surgery, after the surgery).
+def representation_distance(views: Mapping[str, Mapping[str, float]]) -> Figure:
+    """View → task → mean L1 distance between its features and the expert's: of what adaptation began with and of
+    what it reached (with surgery, after the surgery).
     """
-    tasks = sorted(before, key=lambda task: before[task])
-    figure, (axes,) = canvas(4.8, 0.9 + 0.32 * len(tasks))
-    for place, task in enumerate(tasks):
-        axes.plot([before[task], after[task]], [place, place], color=MUTED, linewidth=1, zorder=1)
-    for values, view, name in ((before, "initial", "merged"), (after, "adapted", "adapted")):
-        axes.scatter([values[task] for task in tasks], range(len(tasks)), 34, VIEW_COLOURS[view], label=name, zorder=2)
-    axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
-    axes.set_xlim(left=0)
-    axes.set_ylim(-0.6, len(tasks) - 0.4)
-    tune(axes, x="mean |feature − expert's feature|", grid="x")
-    legend(axes)
+    figure = _dots(views, joined=True)
+    figure.axes[0].set_xlim(left=0)
+    tune(figure.axes[0], x="mean |feature − expert's feature|", grid="x")
     return figure
 
 
@@ -123,7 +111,7 @@ def cosine_matrix(tasks: Sequence[str], cosines: np.ndarray) -> Figure:
     off = values[~np.eye(len(values), dtype=bool)]
     reach = max(0.05, float(np.abs(off).max(initial=0.0)))
     shown = np.where(np.eye(len(values), dtype=bool), np.nan, values)
-    figure = _matrix(tasks, shown, "{:.2f}", DIVERGING, (-reach, reach))
+    figure = matrix(tasks, shown, "{:.2f}", DIVERGING, (-reach, reach))
     tune(figure.axes[0], grid=None, x="task vector", y="task vector")
     return figure
 
@@ -131,7 +119,7 @@ def cosine_matrix(tasks: Sequence[str], cosines: np.ndarray) -> Figure:
 @styled
 def cross_accuracy(tasks: Sequence[str], accuracies: np.ndarray) -> Figure:
     """Accuracy [T, T] in [0, 1] of the expert of task i (row) on the images of task j (column)."""
-    figure = _matrix(tasks, 100 * np.asarray(accuracies, float), "{:.0f}", SEQUENTIAL, (0, 100))
+    figure = matrix(tasks, 100 * np.asarray(accuracies, float), "{:.0f}", SEQUENTIAL)
     tune(figure.axes[0], grid=None, x="images of", y="expert of")
     return figure
 
@@ -140,7 +128,7 @@ def cross_accuracy(tasks: Sequence[str], accuracies: np.ndarray) -> Figure:
 def mask_overlap(tasks: Sequence[str], jaccard: np.ndarray) -> Figure:
     """Jaccard index [T, T] of the tasks' masks."""
     values = np.where(np.eye(len(tasks), dtype=bool), np.nan, np.asarray(jaccard, float))
-    figure = _matrix(tasks, values, "{:.2f}", SEQUENTIAL, (0, max(0.05, float(np.nanmax(values, initial=0.0)))))
+    figure = matrix(tasks, values, "{:.2f}", SEQUENTIAL)
     tune(figure.axes[0], grid=None)
     return figure
 
@@ -150,7 +138,7 @@ def layer_contributions(layers: Sequence[str], tasks: Sequence[str], values: np.
     """Agreement [L, T] in [0, 1] that is lost without a layer's share, in percentage points."""
     shown = 100 * np.asarray(values, float)
     reach = max(1.0, float(np.nanmax(np.abs(shown), initial=0.0)))
-    figure = _matrix(tasks, shown, "{:.0f}", DIVERGING, (-reach, reach), readable(layers))
+    figure = matrix(tasks, shown, "{:.0f}", DIVERGING, (-reach, reach), readable(layers))
     tune(figure.axes[0], grid=None)
     return figure
 
@@ -173,30 +161,23 @@ def sign_conflicts(parameters: Sequence[str], shares: np.ndarray) -> Figure:
 @styled
 def subspace_alignment(views: Mapping[str, Mapping[str, float]]) -> Figure:
     """View → task → subspace alignment ratio in [0, 1]; a dot a task and view."""
-    tasks = list(next(iter(views.values())))
-    figure, (axes,) = canvas(4.8, 0.9 + 0.32 * len(tasks))
-    for index, (view, values) in enumerate(views.items()):
-        shade, name = VIEW_COLOURS.get(view, colour(index)), VIEW_NAMES.get(view, label(view, 16))
-        axes.scatter([values[task] for task in tasks], range(len(tasks)), 34, shade, label=name)
-    axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
-    axes.set_ylim(-0.6, len(tasks) - 0.4)
-    axes.set_xlim(0, 1.02)
-    tune(axes, x="subspace alignment ratio", grid="x")
-    legend(axes)
+    figure = _dots(views)
+    figure.axes[0].set_xlim(0, 1.02)
+    tune(figure.axes[0], x="subspace alignment ratio", grid="x")
     return figure
 
 
 @styled
 def route_matrix(tasks: Sequence[str], scores: np.ndarray) -> Figure:
     """Mean scores [T, T] that a route gives each task (column) on the images of each task (row)."""
-    figure = _matrix(tasks, scores, "{:.2f}", SEQUENTIAL, (float(scores.min()), float(scores.max()) + 1e-9))
+    figure = matrix(tasks, scores, "{:.2f}", SEQUENTIAL)
     tune(figure.axes[0], grid=None, x="score of", y="images of")
     return figure
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = _BINS) -> float:
-    """ECE: Σ over bins of (share of images) · |accuracy − mean confidence|."""
-    return float(sum(share * abs(right - sure) for sure, right, share in _bin(confidence, correct, bins)))
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """ECE: Σ over bins of (share of images) · |accuracy − mean confidence|, of what a run did not score itself."""
+    return float(sum(share * abs(right - sure) for sure, right, share in _bin(confidence, correct)))
 
 
 @styled
@@ -212,7 +193,7 @@ def reliability(
     figure, (axes,) = canvas(4.8, 3.4)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
     for index, (name, (confidence, correct)) in enumerate(models.items()):
-        bins = [entry for entry in _bin(confidence, correct, _BINS) if entry[2] > 0]
+        bins = _bin(confidence, correct)
         sure, right, share = (np.array(column) for column in zip(*bins)) if bins else (np.zeros(0),) * 3
         ece = (errors or {}).get(name, calibration_error(confidence, correct))
         shade = VIEW_COLOURS.get(name, colour(index))
@@ -226,45 +207,26 @@ def reliability(
     return figure
 
 
-def _bin(confidence: np.ndarray, correct: np.ndarray, bins: int) -> list[tuple[float, float, float]]:
-    """(mean confidence, accuracy, share of images) of each bin that holds images."""
-    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # as the scoring has them
-    return [
-        (confidence[inside].mean(), correct[inside].mean(), inside.mean())
-        for number in range(bins)
-        if (inside := place == number).any()
-    ]
-
-
-def _matrix(
-    tasks: Sequence[str],
-    values: np.ndarray,
-    form: str,
-    colours,
-    limits: tuple[float, float],
-    rows: Sequence[str] | None = None,
-) -> Figure:
-    """Colours with a number in each cell; a column a task, a row a task as well where no names of rows are given."""
-    rows = tasks if rows is None else rows
-    figure, (axes,) = canvas(4.8, 1.35 + 0.33 * max(len(rows), 3))
-    axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
-    names = [label(task, 14) for task in tasks]
-    axes.set_xticks(range(len(tasks)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), [label(name, 18) for name in rows])
-    for row, column in np.ndindex(len(rows), len(tasks)):
-        value = values[row, column]
-        if np.isfinite(value):
-            part = (value - limits[0]) / (limits[1] - limits[0])
-            dark = part > 0.55 if colours is SEQUENTIAL else abs(part - 0.5) > 0.4
-            axes.text(
-                column,
-                row,
-                form.format(value).replace("-0.00", "0.00"),
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=PAPER if dark else PRINT,
-            )
-    axes.spines[:].set_visible(False)
+def _dots(views: Mapping[str, Mapping[str, float]], joined: bool = False) -> Figure:
+    """View → task → value: a row a task, as in the table, and a dot a view."""
+    tasks = list(next(iter(views.values())))
+    figure, (axes,) = canvas(4.8, 0.9 + 0.32 * len(tasks))
+    places = np.arange(len(tasks))[::-1]
+    for place, task in zip(places, tasks if joined else ()):
+        ends = [values[task] for values in views.values()]
+        axes.plot(ends, [place] * len(ends), color=MUTED, linewidth=1, zorder=1)
+    for index, (view, values) in enumerate(views.items()):
+        shade, name = VIEW_COLOURS.get(view, colour(index)), VIEW_NAMES.get(view, label(view, 16))
+        axes.scatter([values[task] for task in tasks], places, 34, shade, label=name, zorder=2)
+    axes.set_yticks(places, [label(task) for task in tasks])
+    axes.set_ylim(-0.6, len(tasks) - 0.4)
+    legend(axes)
     return figure
+
+
+def _bin(confidence: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, float]]:
+    """(mean confidence, accuracy, share of images) of each bin that holds images; the bins are those of the scoring."""
+    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    place = calibration_bin(torch.as_tensor(confidence, dtype=torch.float32)).numpy()
+    inside = [place == number for number in np.unique(place)]
+    return [(confidence[rows].mean(), correct[rows].mean(), rows.mean()) for rows in inside]

@@ -52,7 +52,7 @@ def run_sections(run: Run, prefix: str, tsne: bool = False) -> list[Section]:
     """
     parts = (
         (run.measure.capitalize(), chain(_accuracy(run), _prequential(run))),
-        ("Coefficients", _coefficients(run)),
+        ("Coefficients and masks", chain(_coefficients(run), _masks(run))),
         ("Adaptation", chain(_adaptation(run), _resources(run))),
         ("Routes", routes(run)),
         ("Features, interference, calibration", chain(features(run, tsne), interference(run), calibration(run))),
@@ -64,22 +64,14 @@ def run_sections(run: Run, prefix: str, tsne: bool = False) -> list[Section]:
 
 
 def _accuracy(run: Run) -> Iterator[Plan]:
-    tasks = {run.shown(task): row for task, row in run.tasks.items()}
+    tasks = {run.shown(task): run.scores(row) for task, row in run.tasks.items()}
     yield (
         f"{run.measure.capitalize()} per task",
-        "Sorted by what the adapted merge reaches; “individual” is each expert on its own "
-        "task, the ceiling of a merge."
+        "“individual” is each expert on its own task, the ceiling of a merge; lines are binomial 95 % intervals."
         + ("" if run.measure == "accuracy" else " Part of the images on which a model and the task's expert agree."),
         lambda: figures.accuracy_bars(tasks, run.measure),
         False,
     )
-    if len(tasks) > 2:
-        yield (
-            f"{run.measure.capitalize()}, all tasks at a glance",
-            "The same numbers. Areas of a radar mislead: compare along the spokes.",
-            lambda: figures.accuracy_radar(tasks),
-            False,
-        )
     if any(part is not None for part in figures.recovered(tasks).values()):
         yield (
             "Gap recovered",
@@ -114,9 +106,7 @@ def _prequential(run: Run) -> Iterator[Plan]:
 
 def _coefficients(run: Run) -> Iterator[Plan]:
     history = run.history
-    if history is None:
-        return
-    if not history.groups:
+    if history is None or not history.groups:
         return
     last = history.coefficients[-1]
     yield (
@@ -141,7 +131,23 @@ def _coefficients(run: Run) -> Iterator[Plan]:
         )
 
 
+def _masks(run: Run) -> Iterator[Plan]:
+    kept = run.results.get("kept")
+    if not kept:
+        return
+    tasks, groups = list(kept), list(next(iter(kept.values())))
+    shares = np.array([[kept[task][group] for group in groups] for task in tasks])
+    yield (
+        "What the mask keeps, by depth",
+        "Mean share of the entries or directions of a block that a task's mask keeps; "
+        f"{100 * shares.mean():.0f} % over all tasks and parameters.",
+        lambda: coefficient_figures.depth_profile(tasks, groups, shares, y="kept share"),
+        False,
+    )
+
+
 def _adaptation(run: Run) -> Iterator[Plan]:
+    steps = run.results.get("steps", 0)
     for quantity, title, caption, sparse in _CURVES:
         curves = {task: curve for task in run.tasks if (curve := run.curve(quantity, task))}
         total = run.curve(quantity)
@@ -152,7 +158,7 @@ def _adaptation(run: Run) -> Iterator[Plan]:
                 title,
                 caption,
                 lambda curves=curves, total=total, title=title, sparse=sparse: figures.adaptation_curves(
-                    curves, title.lower(), total, sparse
+                    curves, title.lower(), total, sparse, steps
                 ),
                 False,
             )
@@ -161,7 +167,7 @@ def _adaptation(run: Run) -> Iterator[Plan]:
         yield (
             "Loss",
             "What the objective minimises, summed over the tasks of a step.",
-            lambda: figures.adaptation_curves({"loss": loss}, "loss"),
+            lambda: figures.adaptation_curves({"loss": loss}, "loss", end=steps),
             False,
         )
 

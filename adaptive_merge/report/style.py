@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -29,9 +29,13 @@ __all__ = [
     "VIEW_NAMES",
     "canvas",
     "colour",
+    "contrasting",
     "label",
     "legend",
+    "matrix",
+    "luminance",
     "short",
+    "span",
     "styled",
     "to_array",
     "to_svg",
@@ -40,12 +44,18 @@ __all__ = [
 
 # Text and lines of a figure. In SVG these become CSS variables, so that a page can give them two schemes.
 INK, MUTED, GRID = "#1f2a37", "#64707d", "#d5dbe2"
-# Print on coloured cells is the same in both schemes.
-PAPER, PRINT = "#fdfdfc", "#1f2a36"
+# Print on coloured cells is the same in both schemes; of these two, one reads on any colour (4.5 to 1).
+PAPER, PRINT = "#ffffff", "#000000"
 # Okabe & Ito's palette for colour-blind readers, without its black and yellow, which one of the two grounds hides.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#8a7a5c")
-VIEW_NAMES = {"pretrained": "pre-trained", "initial": "merged", "adapted": "adapted", "individual": "individual"}
-VIEW_COLOURS = {"pretrained": "#9aa5b1", "initial": "#e69f00", "adapted": "#0072b2", "individual": "#009e73"}
+VIEW_NAMES = {
+    **{"pretrained": "pre-trained", "initial": "merged", "start": "start"},
+    **{"adapted": "adapted", "individual": "individual"},
+}
+VIEW_COLOURS = {
+    **{"pretrained": "#7b8794", "initial": "#e69f00", "start": "#cc79a7"},
+    **{"adapted": "#0072b2", "individual": "#009e73"},
+}
 SEQUENTIAL = LinearSegmentedColormap.from_list("merge", ["#f3efe4", "#f2c14e", "#d9622b", "#8c1c4e", "#2d0b3a"])
 DIVERGING = LinearSegmentedColormap.from_list("sides", ["#0b5394", "#7fb2d9", "#f4f4f2", "#efa36b", "#a8400a"])
 
@@ -120,6 +130,58 @@ def legend(axes: Axes) -> None:
         borderaxespad=0.2,
         labelcolor=INK,
     )
+
+
+def matrix(
+    columns: Sequence[str],
+    values: np.ndarray,
+    form: str,
+    colours: LinearSegmentedColormap,
+    limits: tuple[float, float] | None = None,
+    rows: Sequence[str] | None = None,
+) -> Figure:
+    """Colours with a number in each cell; the rows are called as the columns where they have no names of their own.
+
+    Args:
+        columns: C names.
+        values: [R, C]; cells of NaN stay empty.
+        form: of a number.
+        colours: from the least to the largest.
+        limits: of the colours; default: of the values that are there.
+        rows: R names.
+    """
+    rows = columns if rows is None else rows
+    low, high = limits or span(values)
+    figure, (axes,) = canvas(4.8, 1.35 + 0.33 * max(len(rows), 3))
+    axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    names = [label(name, 14) for name in columns]
+    axes.set_xticks(range(len(columns)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), [label(name, 20) for name in rows])
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = form.format(value).replace("-0.00", "0.00")
+            ink = contrasting(colours((value - low) / (high - low)))
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+    axes.spines[:].set_visible(False)
+    return tune(axes, grid=None).figure
+
+
+def span(values: np.ndarray) -> tuple[float, float]:
+    """The least and the largest of the finite values, never the same."""
+    known = np.asarray(values, float)[np.isfinite(values)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    return (low, high) if high > low else (low - 1e-6, high + 1e-6)
+
+
+def contrasting(ground: Sequence[float]) -> str:
+    """The print that is read best on a colour, RGB in [0, 1]."""
+    return PRINT if luminance(ground) > 0.179 else PAPER
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of RGB in [0, 1] (WCAG 2)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
 
 
 def colour(index: int) -> str:

@@ -48,8 +48,8 @@ _SIGNALS = {
 
 def protocol(run: Run) -> str:
     """Its name."""
-    found = run.results["protocol"]
-    return str(found["name"]) if found else _NOT_RECORDED
+    record = run.results["protocol"]
+    return str(record["name"]) if record else _NOT_RECORDED
 
 
 def meaning(run: Run) -> str:
@@ -92,7 +92,7 @@ def choice(run: Run) -> str:
 
 
 def start(run: Run) -> str:
-    """What a start was, and what it gave; empty where there was none."""
+    """What a start was, what it gave, and which settings were chosen and why; empty where there was none."""
     record = run.results["start"]
     if not record:
         return ""
@@ -100,10 +100,29 @@ def start(run: Run) -> str:
     images = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     average = run.results["average"]
     return (
-        f"Start: {short(record['kind'], 60)}, solved from {images} unlabelled images a task in "
+        f"Start: {short(record['kind'], 60)}{_settings(record)}, solved from {images} unlabelled images a task in "
         f"{record['seconds']:.0f} s. The static merge before it: {percent(average['anchor']):.1f} %; after it, before "
-        f"the first step: {percent(average['initial']):.1f} %, which figures and tables below call merged."
+        f"the first step: {percent(average['initial']):.1f} %.{_chosen(run)}"
     )
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    words = ", ".join(f"{name} {short(value, 30)}" for name, value in (record.get("settings") or {}).items())
+    return f" ({short(words, 200)})" if words else ""
+
+
+def _chosen(run: Run) -> str:
+    """Which of the settings of a start was chosen, and why."""
+    rows = start_choices(run)
+    for row in rows:
+        if row.get("chosen"):
+            return (
+                f" Of {len(rows)} settings, {row['words'] or 'these'} were chosen without labels, by the divergence of "
+                f"the predictions from the experts' on images held out of the sums: {row['js']:.4f} nats, of "
+                f"{min(one['js'] for one in rows):.4f} to {max(one['js'] for one in rows):.4f} in all; what is better "
+                "by less than the noise of so few images is not preferred."
+            )
+    return ""
 
 
 def start_choices(run: Run) -> list[dict[str, Any]]:
@@ -119,15 +138,15 @@ def start_choices(run: Run) -> list[dict[str, Any]]:
 
 def alarms(run: Run) -> list[str]:
     """What must not be missed: that labels chose, that the guard ended the run."""
-    found = []
+    sentences = []
     if uses_labels(run.results):
-        found.append(f"{ORACLE}: labels chose the step that was kept: not a label-free result.")
+        sentences.append(f"{ORACLE}: labels chose the step that was kept: not a label-free result.")
     if stopped := run.results["guard"].get("stopped"):
-        found.append(
+        sentences.append(
             f"The guard ended this run at step {stopped['step']}: {short(stopped['reason'], 200)}. "
             f"The model was set back to step {stopped['restored_step']}."
         )
-    return found
+    return sentences
 
 
 def guard_warnings(run: Run) -> list[str]:
@@ -136,17 +155,17 @@ def guard_warnings(run: Run) -> list[str]:
     warnings = run.results["guard"].get("warnings", [])
     for warning in warnings:
         seen.setdefault(warning["signal"], {}).setdefault(warning["task"], []).append(warning["step"])
-    found = []
+    sentences = []
     for signal, tasks in seen.items():
-        told = [
+        cases = [
             f"{'all tasks together' if task is None else short(task, 40)} from step {min(steps)}, "
             + ("once" if len(steps) == 1 else f"{len(steps)} times")
             for task, steps in tasks.items()
         ]
-        found.append(f"The guard saw {_SIGNALS.get(signal, short(signal, 40))}: {'; '.join(told)}.")
+        sentences.append(f"The guard saw {_SIGNALS.get(signal, short(signal, 40))}: {'; '.join(cases)}.")
     if len(warnings) >= MOST_WARNINGS:
-        found.append(f"Only the guard's first {MOST_WARNINGS} warnings were recorded; there may have been more.")
-    return found
+        sentences.append(f"Only the guard's first {MOST_WARNINGS} warnings were recorded; there may have been more.")
+    return sentences
 
 
 def _arguments(part: Any) -> list[str]:

@@ -43,13 +43,14 @@ _WORTH_KEEPING = ("last.ckpt", "results.json", "coefficients.json")
 
 
 class SaveConfig(SaveConfigCallback):
-    """`config.yaml` belongs to a run; validation leaves nothing behind."""
+    """`config.yaml` belongs to a run, and not what its job asked a scheduler for; validation leaves nothing behind."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not self.already_saved:
             folder = Path(trainer.log_dir)  # asked on all processes, for it is broadcast
             if trainer.is_global_zero:
-                save_text(folder / self.config_filename, self.parser.dump(_scrubbed(self.config), skip_none=False))
+                kept = Namespace(**{key: value for key, value in vars(self.config).items() if key != "slurm"})
+                save_text(folder / self.config_filename, self.parser.dump(_scrubbed(kept), skip_none=False))
             self.already_saved = True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from adaptive_merge.engine.views import VIEWS
 from adaptive_merge.errors import InputError
 from adaptive_merge.limits import read_yaml
 from adaptive_merge.privacy import scrub
@@ -23,6 +25,10 @@ __all__ = ["Curve", "Diagnostics", "History", "Run", "classes_of", "read_run", "
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps and values."""
+
+STAGES = {view: view for view in VIEWS}
+
+_SAME = 1e-5  # of two accuracies
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,12 @@ class Diagnostics:
     tasks: list[str]
     parameters: list[str] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
+
+    def verdicts(self, task: str, view: str) -> tuple[np.ndarray, np.ndarray]:
+        """Labels of a task's images, and whether a view was right about them; empty where they were not kept."""
+        place = self.tasks.index(task) if task in self.tasks else -1
+        labels, correct = (self.arrays.get(f"{kind}.{view}.{place}") for kind in ("label", "correct"))
+        return (np.zeros(0), np.zeros(0)) if labels is None or correct is None else (labels, correct)
 
     def interference(self) -> dict[str, Any]:
         """What was recorded of task vectors, masks, subspaces and layers, in plain numbers under names."""
@@ -105,14 +117,44 @@ class Run:
         """The same of the tasks that were merged, which all means are over."""
         return {task: row for task, row in self.tasks.items() if task not in self.results["unseen"]["tasks"]}
 
+    @property
+    def base(self) -> str:
+        """The view that gains are over: the static merge, before a start where there was one."""
+        return "initial" if self.results["start"] is None else "anchor"
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """What a view is called in figures and tables → the view; with a start, `initial` is what came before it."""
+        return STAGES | ({} if self.base == "initial" else {"initial": "anchor", "start": "initial"})
+
+    def scores(self, row: Mapping[str, float]) -> dict[str, float]:
+        """A row of `tasks` or a mean, by what its views are called in figures and tables."""
+        counted = {"n": row["n"]} if "n" in row else {}
+        return counted | {name: row[view] for name, view in self.stages.items()}
+
     def shown(self, task: str) -> str:
         """A task's name in figures and sentences; in front, because long names lose their end."""
         return f"unseen: {task}" if task in self.results["unseen"]["tasks"] else task
 
     def calibration_error(self, view: str) -> float | None:
         """Mean over the merged tasks of the expected calibration error; None where it was not recorded."""
-        found = self.results["calibration"].get(view)
-        return float(np.mean([found[task] for task in self.merged])) if found else None
+        errors = self.results["calibration"].get(view)
+        return float(np.mean([errors[task] for task in self.merged])) if errors else None
+
+    def verdicts(self, view: str = "adapted") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Merged task → label of each scored image, and whether a view was right about it, [n] each.
+
+        Without the tasks whose accuracy is not the mean of these: of a single pass, of an image's task being unknown,
+        or of several processes, of which the first keeps its share alone.
+        """
+        if self.diagnostics is None:
+            return {}
+        pairs = {task: self.diagnostics.verdicts(task, view) for task in self.merged}
+        return {
+            task: pair
+            for task, pair in pairs.items()
+            if len(pair[1]) == self.tasks[task]["n"] and abs(pair[1].mean() - self.tasks[task][view]) < _SAME
+        }
 
     def criterion(self, view: str, name: str) -> float | None:
         """Mean over the merged tasks of what needs no labels: `"agreement"`, `"js"` or `"entropy"`."""

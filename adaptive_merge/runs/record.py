@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from adaptive_merge.engine.views import VIEWS
+from adaptive_merge.engine.views import ROUTED, VIEWS
 from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.limits import LimitError, read_json
 
@@ -46,7 +46,7 @@ _SHOWN: Final[dict[str, tuple[type, ...]]] = {
         key: (dict,)
         for key in ("tasks", "seconds", "versions", "experts", "guard", "calibration", "criteria", "unseen")
     },
-    **{key: (dict, NoneType) for key in ("protocol", "corruption", "online", "start")},
+    **{key: (dict, NoneType) for key in ("protocol", "corruption", "online", "start", "kept", "routing")},
 }
 
 
@@ -86,13 +86,15 @@ def _checked(results: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     results["online"] = _online(results.get("online"), merged)
     if results.setdefault("measure", "accuracy") not in MEASURES:
         raise KeyError("measure")
-    for name in ("calibration", "criteria", "guard"):
+    for name in ("calibration", "criteria", "guard", "kept", "routing"):
         results[name] = dict(results.get(name) or {})
     for part in results["calibration"].values():
         _numbers(part, tasks)
     for part in results["criteria"].values():
         _numbers(part, part)
     _check_guard(results["guard"])
+    _check_routing(results["routing"])
+    _check_kept(results["kept"])
     if results.setdefault("start", None) is not None:
         _check_start(results["start"], tasks)
     return results
@@ -127,9 +129,25 @@ def _check_guard(guard: Mapping[str, Any]) -> None:
             raise KeyError("reason")
 
 
+def _check_routing(routing: Mapping[str, Any]) -> None:
+    for row in (*routing.get("tasks", {}).values(), *([routing["average"]] if routing else [])):
+        _numbers(row, ROUTED)
+    for row in routing.get("tasks", {}).values():
+        _numbers(dict(enumerate(row["scores"])))
+
+
+def _check_kept(kept: Mapping[str, Mapping[str, float]]) -> None:
+    for shares in kept.values():
+        _numbers(shares)
+        if shares.keys() != next(iter(kept.values())).keys() or not shares:
+            raise KeyError("kept")
+
+
 def _check_start(start: Mapping[str, Any], tasks: Mapping[str, Mapping[str, float]]) -> None:
     _numbers(start, ("seconds",))
     _numbers(start["images"])
+    if not isinstance(start.get("settings", {}), dict):
+        raise TypeError(f"start: {start['settings']!r}")
     if not start["images"] or not isinstance(start["kind"], str) or any("anchor" not in row for row in tasks.values()):
         raise KeyError("start")
     for row in start.get("choice", ()):

@@ -18,8 +18,8 @@ from torch import Tensor
 from adaptive_merge.data.stream import TaskStream
 from adaptive_merge.engine.identity import settings
 from adaptive_merge.engine.module import AdaptiveMerge
-from adaptive_merge.engine.scoring import CRITERIA, ROUTED
-from adaptive_merge.engine.views import VIEWS, gain, percent
+from adaptive_merge.engine.scoring import CRITERIA
+from adaptive_merge.engine.views import ROUTED, VIEWS, gain, percent
 from adaptive_merge.errors import printable
 from adaptive_merge.runs.online import prequential
 from adaptive_merge.runs.record import MEASURES
@@ -166,12 +166,13 @@ def table(results: Mapping[str, Any]) -> Table:
     """Accuracies, or agreements, in percent, a row per task, and the gain over the merge that the run started from."""
     chosen = " (ORACLE: labels chose the step)" if uses_labels(results) else ""
     measure = MEASURES[results.get("measure", "accuracy")]
-    view = Table(title=f"{_shown(results['recipe'])}: {measure} in %{chosen}", title_justify="left")
+    title = f"{_shown(results['recipe'])}: {measure} in %{chosen}"
+    view = Table(title=title, title_justify="left", caption=_made(results), caption_justify="left")
     view.add_column("task")
     started = "anchor" in results["average"]
     for name in ("pre-trained", "individual", "merged", *(["start"] * started), "adapted", "gain"):
         view.add_column(name, justify="right")
-    routing = results.get("routing")
+    routing = results.get("routing") or None
     for name in ("task found", "task known", "task unknown") if routing else ():
         view.add_column(name, justify="right")
     unseen = results.get("unseen", {"tasks": []})
@@ -183,6 +184,14 @@ def table(results: Mapping[str, Any]) -> Table:
     if unseen["tasks"]:
         view.add_row("average of the unseen", *_cells(unseen["average"]), style="bold")
     return view
+
+
+def _made(results: Mapping[str, Any]) -> str | None:
+    """What a run without steps is, in words."""
+    if results.get("steps"):
+        return None
+    began = "the start is all there is" if results.get("start") else "the merge as it was made"
+    return f"A static recipe, no step, nothing was trained: “adapted” is {began}."
 
 
 def uses_labels(results: Mapping[str, Any]) -> bool:

@@ -85,19 +85,28 @@ def test_merge_writes_the_adapted_and_the_static_merge(work, suite_folder, capsy
     expected = am.TaskArithmetic(suite.task_vectors, suite.backbone, suite.heads).merged_state_dict()
     assert all(torch.equal(static[name], expected[name]) for name in expected)
     assert any(not torch.equal(static[name], adapted[name]) for name in expected)
-    assert main(["inspect", "adapted.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "adapted.safetensors", "--json"]) == 0
     assert '"recipe": "quick"' in capsys.readouterr().out
+    assert main(["inspect", "adapted.safetensors"]) == 0
+    told = capsys.readouterr().out
+    assert "recipe" in told and "quick" in told and "float32" in told.lower().replace("f32", "float32")
 
 
-def test_static_recipe_scores_without_a_step(work):
+def test_static_recipe_scores_without_a_step(work, capsys):
     assert main(["fit", "--config", "quick.yaml", "--model.coefficients", "Fixed", "--trainer.max_steps", "0"]) == 0
     average = results(work / "runs" / "quick")["average"]
     assert average["adapted"] == average["initial"]
+    assert "A static recipe, no step, nothing was trained" in " ".join(capsys.readouterr().out.split())
 
 
 def test_validate_prints_accuracies(work, capsys):
     assert main(["validate", "--config", "quick.yaml"]) == 0
-    assert "adapted/red/accuracy" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("accuracy, %", "ece, %", "red", "average")) and "DataLoader" not in told
+    assert main(["validate", "--config", "quick.yaml", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert f"{100 * scores['adapted/red/accuracy']:.1f}" in told and "adapted/accuracy" in scores
     assert not (work / "runs").exists()
 
 
@@ -105,10 +114,13 @@ def test_inspect_describes_runs_and_banks(work, suite_folder, capsys):
     assert main(["fit", "--config", "quick.yaml"]) == 0
     capsys.readouterr()
     assert main(["inspect", "runs/quick"]) == 0
+    told = capsys.readouterr().out
+    assert "pre-trained" in told and "checkpoint · step" in told and "measures · " in told
+    assert main(["inspect", "runs/quick", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["checkpoint"]["step"] == 3 and "model.backbone.coefficients.values" in told["checkpoint"]["tensors"]
     am.load_suite(str(suite_folder)).task_vectors.save("bank.safetensors")
-    assert main(["inspect", "bank.safetensors"]) == 0
+    assert main(["inspect", "bank.safetensors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metadata"]["adaptive_merge.task_vectors"]["tasks"] == [
         "red",
         "green",

@@ -15,6 +15,7 @@ import adaptive_merge as am
 from adaptive_merge.__main__ import main
 from adaptive_merge.cli import tune
 from adaptive_merge.cli.grid import parse_grid
+from adaptive_merge.runs.array import last_words
 from adaptive_merge.runs.ranking import Candidate, conclusion, rank
 from adaptive_merge.runs.reading import Run
 
@@ -204,7 +205,7 @@ def test_grids_are_read_as_yaml():
         (["--vary", "model.lr=1", "--vary", "model.lr=2"], "there twice"),
         (["--vary", "model.lrr=1,2"], "lrr"),
         (["--vary", "suite.split=val,test"], "cannot be ranked together"),
-        (["--vary", "run.name=a,b"], "cannot be ranked together"),
+        (["--vary", "run.name=a,b"], "one for all runs"),
         (["--vary", "model.lr=1", "--by", "agrement"], "did you mean 'agreement'"),
     ],
 )
@@ -217,7 +218,7 @@ def test_bad_arguments_end_with_one_message_and_nothing_written(work, capsys, ar
 def test_a_fit_runs_in_a_process_of_its_own(tmp_path):
     log = tmp_path / "run" / "fit.log"
     assert tune._fit(["--model.lrr=1"], log) == 2
-    assert "lrr" in tune._last_words(log)
+    assert "lrr" in last_words(log.read_text())
 
 
 def fit_with(executable, log):

@@ -163,3 +163,15 @@ def test_a_resumed_run_has_the_same_bits(toy, bank, heads, images, tmp_path):
     run(3)  # between the two steps of a pair
     parts = run(9, tmp_path / "last.ckpt")
     assert whole.keys() == parts.keys() and all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_what_a_mask_keeps_is_told_by_parameter(bank):
+    rule = am.ConcreteMask()
+    rule.bind(bank)
+    with torch.no_grad():
+        rule.logits[bank.layout.slices[0]] = 1.0
+    first, *others = bank.layout.names
+    kept = rule.kept()
+    assert list(kept) == list(bank.tasks) and list(kept["red"]) == list(bank.layout.names)
+    assert kept["red"][first] == pytest.approx(float(torch.sigmoid(torch.tensor(2.0))))  # temperature 0.5
+    assert {kept["red"][name] for name in others} == {0.5}

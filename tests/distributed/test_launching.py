@@ -1,60 +1,78 @@
-"""What the launch scripts start, and what `adaptive-merge doctor` says about a launch."""
+"""What the files in scripts/launch start, and what `adaptive-merge doctor` says about a launch."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from shells import accepted
 
 from adaptive_merge.cli import doctor
+from adaptive_merge.cli.grid import settings_of
 from adaptive_merge.errors import InputError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def started(tmp_path, script, *arguments, **environment):
-    """The command that a script would run, with stand-ins for srun and python that only say their arguments."""
-    for name in ("srun", "python"):
+    """The command that a script would run, with stand-ins that only say their arguments."""
+    for name in ("torchrun", "python"):
         stand_in = tmp_path / name
         stand_in.write_text('#!/bin/sh\necho "$(basename "$0") $*"\n')
         stand_in.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment
-    command = ["bash", str(SCRIPTS / script), *arguments]
+    command = ["bash", str(script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_scripts_start_what_they_say(tmp_path):
-    end = "--trainer.devices 4 --trainer.num_nodes {} --run.if_exists resume"
-    slurm = {"SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "3", "SLURM_ARRAY_TASK_ID": "1"}
-    fit = "srun --kill-on-bad-exit=1 adaptive-merge fit"
-    assert started(tmp_path, "slurm/single_node.sh", "--config", "a b.yaml", **slurm) == (
-        f"{fit} --config a b.yaml {end.format(1)}"
+def test_torchrun_is_started_with_what_the_script_is_told(tmp_path):
+    script = SCRIPTS / "launch" / "torchrun.sh"
+    assert started(tmp_path, script, "--config", "a b.yaml", PROCESSES="4") == (
+        "python -m torch.distributed.run --standalone --nproc-per-node 4 -m adaptive_merge fit --config a b.yaml "
+        "--trainer.devices 4 --trainer.num_nodes 1 --run.if_exists resume"
     )
-    assert started(tmp_path, "slurm/multi_node.sh", "--config", "x.yaml", **slurm) == (
-        f"{fit} --config x.yaml {end.format(3)}"
-    )
-    configs = tmp_path / "configs"
-    configs.mkdir()
-    (configs / "one.yaml").touch(), (configs / "two.yaml").touch()
-    told = started(tmp_path, "slurm/array_of_recipes.sh", str(configs), "--seed_everything", "1", **slurm)
-    assert told.startswith(f"{fit} --config {configs}/two.yaml --run.name two --seed_everything 1 --trainer.devices 1")
-    assert "nothing to do" in started(
-        tmp_path, "slurm/array_of_recipes.sh", str(configs), **slurm | {"SLURM_ARRAY_TASK_ID": "2"}
-    )
-    assert started(tmp_path, "torchrun.sh", "--config", "x.yaml", PROCESSES="4") == (
-        "python -m torch.distributed.run --standalone --nproc-per-node 4 -m adaptive_merge fit --config x.yaml "
-        + end.format(1)
-    )
-    several = started(tmp_path, "torchrun.sh", PROCESSES="4", NODES="2", HEAD="node0:29400", JOB="mine")
+    several = started(tmp_path, script, PROCESSES="4", NODES="2", HEAD="node0:29400", JOB="mine")
     assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint node0:29400 --rdzv-id mine --nproc-per-node 4" in several
 
 
-@pytest.mark.parametrize("script", sorted((SCRIPTS / "slurm").glob("*.sh")), ids=lambda path: path.stem)
-def test_slurm_scripts_ask_for_what_preemption_needs(script):
-    text = script.read_text()
-    for line in ("--signal=SIGUSR1@180", "--requeue", "--open-mode=append", "--ntasks-per-node="):
-        assert f"#SBATCH {line}" in text
-    assert "#SBATCH --gpus-per-task" not in text and "B:SIGUSR1" not in text
+def test_the_trainjob_starts_a_run_that_resumes():
+    job = yaml.safe_load((SCRIPTS / "launch" / "trainjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    spec, trainer = job["spec"], job["spec"]["trainer"]
+    assert spec["runtimeRef"] == {"name": "torch-distributed"} and trainer["image"]
+    assert trainer["command"] == ["torchrun", "-m", "adaptive_merge", "fit"]
+    settings = settings_of(trainer["args"])
+    assert settings["run"]["if_exists"] == "resume" and settings["run"]["name"] == job["metadata"]["name"]
+    devices = int(settings["trainer"]["devices"])
+    assert devices == trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    assert settings["trainer"]["num_nodes"] == trainer["numNodes"]
+    assert {"name": "ADAPTIVE_MERGE_JOB", "value": job["metadata"]["name"]} in trainer["env"]
+    (replicated,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    mounts = {one["name"]: one["mountPath"] for one in pod["containers"][0]["volumeMounts"]}
+    assert mounts["runs"] == settings["run"]["root"] and {one["name"] for one in pod["volumes"]} == mounts.keys()
+
+
+def test_the_skypilot_job_starts_a_run_that_resumes(tmp_path):
+    job = yaml.safe_load((SCRIPTS / "launch" / "skypilot.yaml").read_text())
+    given = {"NUM_NODES": "2", "NODE_RANK": "1", "NUM_GPUS_PER_NODE": "4", "NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    script = tmp_path / "run.sh"
+    script.write_text("#!/bin/bash\n" + job["run"])
+    accepted(script)
+    told = started(tmp_path, script, **{f"SKYPILOT_{name}": value for name, value in given.items()})
+    launch, _, arguments = told.partition(" -m adaptive_merge fit ")
+    assert launch == ("torchrun --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr 10.0.0.1 --master-port 29400")
+    settings = settings_of(arguments.split())
+    assert (int(settings["trainer"]["devices"]), settings["trainer"]["num_nodes"]) == (4, 2)
+    assert settings["run"]["if_exists"] == "resume" and settings["run"]["name"] == job["envs"]["ADAPTIVE_MERGE_JOB"]
+    assert job["file_mounts"][settings["run"]["root"]]["mode"] == "MOUNT_CACHED"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.sh")), ids=lambda path: path.name)
+def test_shells_accept_every_script(script):
+    accepted(script)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +115,10 @@ def test_doctor_says_what_it_sees_and_keeps_keys_to_itself(tmp_path, monkeypatch
     told = capsys.readouterr().out
     for word in ("versions", "torch", "devices", "launcher", "runs", "temporary", "same device", "offline", "a key is"):
         assert word in told
+    assert "planted0key" not in told
+    doctor.doctor(["--root", str(tmp_path / "runs"), "--json"])
+    told = capsys.readouterr().out
+    assert json.loads(told).keys() >= {"versions", "devices", "launcher", "warnings", "trouble"}
     assert "planted0key" not in told
     assert list(tmp_path.iterdir()) == []
 

@@ -117,6 +117,40 @@ def test_the_same_slurm_job_started_again_takes_over_from_any_host(tmp_path, mon
         pass
 
 
+def test_a_named_job_takes_over_from_its_last_attempt_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv(locks.JOB, "adamerging")
+    ours = locks._ourselves()
+    (tmp_path / ".lock.1").write_text(json.dumps(ours))
+    with pytest.raises(LockedError, match="wait until"), locked(tmp_path / ".lock", "the folder"):
+        pass  # the same attempt, which is alive
+    elsewhere = ours | {"host": "elsewhere", "restart": "elsewhere pid:[1]"}
+    (tmp_path / ".lock.1").write_text(json.dumps(elsewhere | {"job": "another"}))
+    with pytest.raises(LockedError), locked(tmp_path / ".lock", "the folder"):
+        pass
+    (tmp_path / ".lock.1").write_text(json.dumps(elsewhere))
+    with locked(tmp_path / ".lock", "the folder"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("squeue", "free"),
+    [
+        ("echo RUNNING", False),
+        ("exit 0", True),  # it has left the queue a moment ago
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", False),
+    ],
+)
+def test_a_lock_of_a_job_that_slurm_has_ended_stops_nobody(tmp_path, monkeypatch, squeue, free):
+    (tmp_path / "squeue").write_text(f'#!/bin/sh\n[ "$2" = --jobs=4711 ] || exit 3\n{squeue}\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / ".lock.1").write_text(json.dumps(locks._ourselves() | {"host": "elsewhere", "job": "4711"}))
+    assert (holder(tmp_path / ".lock") is None) == free
+    (tmp_path / ".lock.1").write_text(json.dumps(locks._ourselves() | {"host": "elsewhere"}))
+    assert holder(tmp_path / ".lock"), "of what was no job SLURM cannot know"
+
+
 def take_on_a_full_disk(path, lock):
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     with pytest.raises(StorageError, match="cannot be written to"), lock(path, "the folder"):

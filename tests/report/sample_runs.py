@@ -48,6 +48,34 @@ def change(folder: Path, **fields) -> Path:
     return folder
 
 
+def start_only(folder: Path) -> Path:
+    """A run of a start chosen without labels, and no step."""
+    rows = json.loads((write_run(folder) / "results.json").read_text())["tasks"]
+    for name in ("history.safetensors", "metrics.csv"):
+        (folder / name).unlink()
+    settings = [{"kind": "CompensatedRegression", "strength": strength, "stem": False} for strength in (0.1, 0.3)]
+    judged = zip(settings, (0.06, 0.04))
+    start = {
+        "kind": "ChosenRegression<",
+        "settings": {"seed": 0},
+        "images": dict.fromkeys(rows, 64),
+        "seconds": 2.4,
+        "choice": [{"settings": one, "agreement": 0.9, "js": js, "chosen": js < 0.05} for one, js in judged],
+    }
+    return change(folder, start=start, steps=0, tasks={task: row | {"anchor": 0.55} for task, row in rows.items()})
+
+
+def routed(folder: Path, tasks=("mnist", "fashion", "kmnist")) -> Path:
+    """A run with a route and a mask."""
+    rows = {
+        task: {"routing": 0.8, "known": 0.75, "unknown": 0.6, "scores": [0.8 if task == one else 0.1 for one in tasks]}
+        for task in tasks
+    }
+    routing = {"task": "known", "tasks": rows, "average": {"routing": 0.8, "known": 0.75, "unknown": 0.6}}
+    kept = {task: {group: 0.1 * (place + 1) for group in GROUPS} for place, task in enumerate(tasks)}
+    return change(write_run(folder, tasks), routing=routing, kept=kept)
+
+
 def results(rows, recipe="adamerging", seed=0):
     return {
         "schema": 1,

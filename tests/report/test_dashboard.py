@@ -14,6 +14,7 @@ from sample_runs import HOSTILE
 import adaptive_merge as am
 from adaptive_merge.callbacks import Dashboard, Guard, History, Sturdy, protect
 from adaptive_merge.callbacks.show.dashboard import _markdown
+from adaptive_merge.runs.array import save_array
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 QUIET = {
@@ -120,7 +121,7 @@ def test_wandb_offline_holds_scalars_figures_and_table_and_no_secret(parts, tmp_
     told = [record.getMessage() for record in caplog.records if record.name.startswith("adaptive_merge")]
     assert len(told) == 1 and "wandb sync" in told[0]
     run = logger.inner.experiment
-    assert run.group == tmp_path.name and run.settings.mode == "offline"
+    assert run.name == tmp_path.name and not run.group and run.settings.mode == "offline"
     offline.finish()
     folder = next((tmp_path / "wandb").glob("offline-run-*"))
     until = time.monotonic() + 30
@@ -144,16 +145,39 @@ def test_wandb_offline_holds_scalars_figures_and_table_and_no_secret(parts, tmp_
     assert [row[0] for row in table["data"]] == ["red", "green", "blue"] and len(table["columns"]) == 5
 
 
-def test_resumed_offline_runs_are_attempts_of_one_group(tmp_path, offline):
-    options = []
-    for resumed in (False, True, True, False):
+def test_offline_attempts_are_one_run_of_their_array(tmp_path, offline):
+    folder = tmp_path / "sweep" / "lr=1"
+    folder.mkdir(parents=True)
+    save_array(folder.parent, [("lr=1", "lr=1")])
+    for resumed in (False, True):
+        logger = protect(WandbLogger(project="merging"), folder, resumed)
+        run = logger.experiment
+        logger.log_metrics({"loss": 1.0}, 0)
+        assert (run.name, run.group, run.settings.resume) == ("lr=1", "sweep", "allow")
+        offline.finish()
+        time.sleep(1.1)  # wandb names a folder by the second
+    attempts = [path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")]
+    assert attempts == [json.loads((folder / "wandb.json").read_text())["id"]] * 2
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", "{}"])
+def test_a_run_that_begins_anew_is_another_one(tmp_path, offline, damaged):
+    ids = []
+    for resumed in (False, False, True):
         inner = WandbLogger(project="merging")
         protect(inner, tmp_path, resumed)._prepare()
-        options.append(inner._wandb_init)
-    names = [one["name"] for one in options]
-    assert names == [tmp_path.name + tail for tail in ("", "-attempt-2", "-attempt-3", "")]
-    assert len({one["id"] for one in options}) == 4 and {one["group"] for one in options} == {tmp_path.name}
-    assert all(one["mode"] == "offline" and one["dir"] == str(tmp_path) for one in options)
+        ids.append(inner._wandb_init["id"])
+        if len(ids) == 2:
+            (tmp_path / "wandb.json").write_text(damaged)
+    assert len(set(ids)) == 3
+
+
+def test_what_wandb_is_told_by_variables_holds(tmp_path, offline, monkeypatch):
+    for name in ("RUN_ID", "NAME", "RUN_GROUP"):
+        monkeypatch.setenv(f"WANDB_{name}", f"my-{name}")
+    inner = WandbLogger(project="merging")
+    protect(inner, tmp_path)._prepare()
+    assert [inner._wandb_init[key] for key in ("id", "name", "group")] == ["my-RUN_ID", "my-NAME", "my-RUN_GROUP"]
 
 
 def test_online_runs_are_resumed_under_one_id(tmp_path, offline, monkeypatch):

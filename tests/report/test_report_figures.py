@@ -10,8 +10,15 @@ from sample_runs import GROUPS, HOSTILE
 
 from adaptive_merge.report import coefficient_figures, feature_figures, figures
 from adaptive_merge.report.layers import depth, readable
-from adaptive_merge.report.statistics import mean_and_deviation, sign_flip_test
-from adaptive_merge.report.style import to_array, to_svg
+from adaptive_merge.report.statistics import (
+    half_width,
+    independent_images,
+    mean_and_deviation,
+    paired_images,
+    sign_flip_test,
+    wilson,
+)
+from adaptive_merge.report.style import contrasting, luminance, span, to_array, to_svg
 
 STEPS = np.arange(0, 50, 10)
 RANDOM = np.random.default_rng(0)
@@ -19,7 +26,7 @@ RANDOM = np.random.default_rng(0)
 
 def makers(tasks):
     size, values = len(tasks), RANDOM.random((len(STEPS), len(tasks), len(GROUPS)))
-    scores = {task: {"pretrained": 0.4, "initial": 0.6, "adapted": 0.75, "individual": 0.9} for task in tasks}
+    scores = {task: {"n": 90, "pretrained": 0.4, "initial": 0.6, "adapted": 0.75, "individual": 0.9} for task in tasks}
     curves = {task: (np.arange(300), RANDOM.random(300)) for task in tasks}
     numbers = dict(zip(tasks, RANDOM.random(size)))
     clouds = {view: RANDOM.random((30, 5)) for view in ("individual", "initial", "adapted")}
@@ -30,14 +37,16 @@ def makers(tasks):
         "trajectories": lambda: coefficient_figures.coefficient_trajectories(tasks, STEPS, values),
         "depth": lambda: coefficient_figures.depth_profile(tasks, GROUPS, values[-1], values[0]),
         "bars": lambda: figures.accuracy_bars(scores),
-        "radar": lambda: figures.accuracy_radar(scores),
         "gap": lambda: figures.gap_recovered(scores),
         "curves": lambda: figures.adaptation_curves(curves, "entropy", (np.arange(300), RANDOM.random(300))),
         "prequential": lambda: figures.prequential_curves(curves, 0.6, 0.7),
         "resources": lambda: figures.resources(STEPS, RANDOM.random(5), 1e9 * RANDOM.random(5)),
         "compare bars": lambda: figures.compare_bars({tasks[0]: {task: [0.5, 0.6] for task in tasks}}),
+        "compare means": lambda: figures.compare_means({task: ([0.5, 0.6], 0.02) for task in tasks}),
+        "compare table": lambda: figures.compare_table({tasks[0]: {task: [0.5, 0.6] for task in tasks}}),
+        "routes": lambda: feature_figures.route_matrix(tasks, RANDOM.random((size, size))),
         "compare curves": lambda: figures.compare_curves({task: [curve] for task, curve in curves.items()}, "loss"),
-        "distance": lambda: feature_figures.representation_distance(numbers, numbers),
+        "distance": lambda: feature_figures.representation_distance({"initial": numbers, "adapted": numbers}),
         "pca": lambda: feature_figures.projection(feature_figures.project_features(clouds), [0, 1, 2] * 10, "t"),
         "cosine": lambda: feature_figures.cosine_matrix(tasks, RANDOM.random((size, size))),
         "cross": lambda: feature_figures.cross_accuracy(tasks, RANDOM.random((size, size))),
@@ -118,3 +127,36 @@ def test_sign_flip_test():
     assert sign_flip_test([1.0, -1.0]) == 1
     assert sign_flip_test([0.1] * 30) < 0.001
     assert mean_and_deviation([1, 3]) == (2, pytest.approx(2**0.5)) and mean_and_deviation([1])[1] is None
+
+
+def test_intervals_of_shares():
+    assert wilson(0.9, 100) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))  # Wilson, by hand
+    assert wilson(1.0, 50)[1] == 1 and wilson(1.0, 50)[0] < 1 and wilson(0.3, 0) == (0.3, 0.3)
+    one = {"a": {"n": 400, "adapted": 0.5}}
+    assert half_width(one, "adapted") == pytest.approx(1.96 * 0.025, rel=0.01)
+    two = one | {"b": one["a"]}
+    assert half_width(two, "adapted") == pytest.approx(half_width(one, "adapted") / 2**0.5)
+
+
+def test_pairs_of_images_are_tested_as_by_mcnemar():
+    first, second = np.zeros(100), np.zeros(100)
+    first[:4], second[4:20] = 1, 1  # 4 images lost, 16 gained: (16 - 4)^2 / (16 + 4) = 7.2
+    test = paired_images({"a": first}, {"a": second})
+    assert test.difference == pytest.approx(0.12) and (test.difference / test.error) ** 2 == pytest.approx(7.2)
+    assert test.p == pytest.approx(0.00729, abs=1e-5) and test.significant and test.words == "paired over 100 images"
+    assert not paired_images({"a": first}, {"a": second}, seeds=0.01).significant
+    assert paired_images({"a": first}, {"a": first}).p == 1
+    apart = independent_images({"a": {"n": 100, "adapted": 0.04}}, {"a": {"n": 100, "adapted": 0.16}})
+    assert apart.words == "binomial, 100 images" and apart.error == pytest.approx(
+        (0.04 * 0.96 + 0.16 * 0.84) ** 0.5 / 10, rel=0.06
+    )
+
+
+def test_print_is_read_on_every_colour():
+    grounds = np.stack(np.meshgrid(*[np.linspace(0, 1, 12)] * 3), -1).reshape(-1, 3)
+    for ground in grounds:
+        light, dark = sorted((luminance(ground), 1.0 if contrasting(ground) == "#ffffff" else 0.0), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    assert span(np.array([0.2, np.nan, 0.7])) == (0.2, 0.7) and span(np.array([np.nan])) == (0, 1)
+    low, high = span(np.ones(3))
+    assert low < 1 < high

@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from sample_runs import HOSTILE, change, write_run
+from sample_runs import HOSTILE, change, routed, start_only, write_run
 
 import adaptive_merge as am
 from adaptive_merge.cli.report import report as report_command
@@ -25,7 +25,7 @@ def test_a_report_is_self_contained_and_has_all_figures(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
     body = page.split("</style>")[1]
     assert not ADDRESS.search(body) and "http" not in page.split("<style>")[0].replace("http-equiv", "")
-    assert page.count("<figure") == page.count("<svg") == 19
+    assert page.count("<figure") == page.count("<svg") == 18
     for words in ("adapted accuracy", "Reliability", "seed_everything: 0", "ab" * 32, "2.15.0"):
         assert words in page
     assert "Left out" not in page
@@ -49,7 +49,7 @@ def test_missing_parts_leave_a_note_in_place_of_their_figures(tmp_path):
         (folder / name).unlink()
         assert any(note.startswith(f"{name} is not there") for note in read_run(folder).notes)
     page = page_of(folder)
-    assert page.count("<figure") == 3 and page.count("is not there") == 4
+    assert page.count("<figure") == 2 and page.count("is not there") == 4
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
@@ -65,7 +65,7 @@ def test_a_figure_that_fails_becomes_a_note(tmp_path, monkeypatch):
         (folder / name).unlink()
     monkeypatch.setattr("adaptive_merge.report.figures.accuracy_bars", lambda *_: 1 / 0)
     page = page_of(folder)
-    assert page.count("<figure") == 2 and "could not be drawn (ZeroDivisionError)" in page
+    assert page.count("<figure") == 1 and "could not be drawn (ZeroDivisionError)" in page
 
 
 def test_what_is_no_run_is_refused_by_name(tmp_path):
@@ -142,28 +142,54 @@ def test_the_command_writes_into_the_run_or_where_it_is_told(tmp_path, monkeypat
 
 
 def test_a_start_is_told_with_its_choice(tmp_path):
-    folder = write_run(tmp_path / "run")
-    rows = json.loads((folder / "results.json").read_text())["tasks"]
-    settings = [{"kind": "CompensatedRegression", "strength": strength, "stem": False} for strength in (0.1, 0.3)]
-    start = {
-        "kind": "ChosenRegression<",
-        "settings": {"seed": 0},
-        "images": dict.fromkeys(rows, 64),
-        "seconds": 2.4,
-        "choice": [
-            {"settings": one, "agreement": 0.9, "js": js, "chosen": js < 0.05}
-            for one, js in zip(settings, (0.06, 0.04))
-        ],
-    }
-    change(folder, start=start, tasks={task: row | {"anchor": 0.55} for task, row in rows.items()})
+    folder = start_only(tmp_path / "run")
+    start = json.loads((folder / "results.json").read_text())["start"]
     page = write_report([folder], tmp_path / "page.html").read_text()
-    assert "ChosenRegression&lt;, solved from 64 unlabelled images a task" in page
+    assert "ChosenRegression&lt; (seed 0), solved from 64 unlabelled images a task" in page
     assert "The static merge before it: 55.0 %; after it, before the first step: 60.0 %" in page
     assert (
         "strength 0.3</bdi> (chosen)" in page
         and "strength 0.1</bdi></td>" in page
         and "stem" not in page.split("nats")[1]
     )
-    change(folder, start=start | {"images": {}})
-    with pytest.raises(am.InputError, match="start"):
-        write_report([folder], tmp_path / "page.html")
+    assert "Of 2 settings, strength 0.3 were chosen without labels" in page
+    assert "0.0400 nats, of 0.0400 to 0.0600 in all" in page and "the start gave" in page
+    # What came before the start is the merge that gains are over; the start has a column of its own.
+    assert re.search(r">merged<.*>start<", re.search(r'id="tasks-r0".*?</thead>', page, re.S)[0], re.S)
+    for damage in ({"images": {}}, {"settings": []}):
+        change(folder, start=start | damage)
+        with pytest.raises(am.InputError, match="start"):
+            write_report([folder], tmp_path / "page.html")
+
+
+def test_routes_and_masks_are_shown(tmp_path):
+    page = page_of(routed(tmp_path / "run"))
+    assert page.count("<figure") == 20 and "Routes by task" in page and "What the mask keeps, by depth" in page
+    rows = re.search(r">accuracy, task unknown</th>.*?</table>", page, re.S)[0]
+    assert rows.count("<tr>") == 4 and rows.count("80.0 %") == rows.count("60.0 %") == 4
+    assert "20 % over all tasks and parameters" in page
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"routing": {"tasks": {"mnist": {"routing": 1.0}}}},
+        {"routing": {"tasks": {}, "average": {"routing": "x", "known": 1, "unknown": 1}}},
+        {"kept": {"mnist": {"a": "x"}}},
+        {"kept": {"mnist": {}}},
+        {"kept": {"mnist": {"a": 1.0}, "fashion": {"b": 1.0}}},
+    ],
+)
+def test_damaged_routes_and_masks_are_refused(tmp_path, fields):
+    with pytest.raises(am.InputError, match="not results of this version"):
+        read_run(change(routed(tmp_path / "run"), **fields))
+
+
+def test_ahead_is_said_only_where_a_test_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("adaptive_merge.report.html._DETAILED", 0)
+    near = [write_run(tmp_path / name, seed=1, recipe=name) for name in ("one", "two")]
+    page = write_report(near, tmp_path / "near.html").read_text()
+    assert "not told apart from" in page and "ahead of the next" not in page
+    far = [near[0], write_run(tmp_path / "far", seed=1, recipe="far", better=0.15)]
+    page = write_report(far, tmp_path / "far.html").read_text()
+    assert "ahead of the next by" in page and "binomial, 1,500 images" in page and "not told apart" not in page

@@ -68,7 +68,8 @@ def test_protocol_images_calibration_and_criteria_are_named(tmp_path):
     folder = with_protocol(write_run(tmp_path / "run"), "holdout", "share: 0.5, seed: 7")
     run = read_run(folder)
     assert sentence(run) == "Protocol holdout: adapted on 750 images, scored on 750 (share 0.5, seed 7)."
-    assert cards(run)[0].value == "holdout" and "never adapted on" in cards(run)[0].note
+    shown = {card.name: card for card in cards(run)}
+    assert shown["protocol"].value == "holdout" and "never adapted on" in shown["protocol"].note
     text = text_of(page_of(folder))
     for words in (sentence(run), "calibration error (ECE) 12.5 %", "71.0 %", "0.164", "The last step, 60, was kept."):
         assert words in text
@@ -86,7 +87,7 @@ def test_means_are_over_the_merged_tasks_and_unseen_ones_stand_apart(tmp_path):
     )
     assert gap_closed(run) == pytest.approx(np.mean([(run.tasks[t]["adapted"] - 0.6) / 0.35 for t in run.merged]))
     told = {card.name: card for card in cards(run)}
-    assert told["on unseen tasks"].value == "10.0 %" and told["adapted accuracy"].note == "mean of 2 tasks"
+    assert told["on unseen tasks"].value == "10.0 %" and told["adapted accuracy"].note.startswith("mean of 2 tasks, ± ")
     assert any(warning.startswith("unseen: kmnist: adaptation lost 20.0") for warning in warnings_of(run))
     page = page_of(folder)
     assert "average of the unseen tasks" in page and re.search(r"kmnist</bdi> <span[^>]*>unseen", page)
@@ -103,7 +104,7 @@ def test_online_shows_the_prequential_curve_and_says_so(tmp_path):
         (folder / name).unlink()
     run = read_run(folder)
     assert "each predicted before it was used" in sentence(run)
-    assert {card.name: card for card in cards(run)}["adapted accuracy"].note == "prequential mean of 3 tasks"
+    assert {card.name: card for card in cards(run)}["adapted accuracy"].note.startswith("prequential mean of 3 tasks")
     [panel] = [panel for panel in panels_of(run) if "Prequential" in panel.title]
     assert "71.0 % on average" in panel.caption and "reaches 80.0 %" in panel.caption
     assert "No step predicted 60 of the images" in panel.caption
@@ -164,8 +165,9 @@ def test_a_choice_without_labels_says_what_chose(tmp_path, select):
 def test_runs_of_before_protocols_still_have_a_report(tmp_path):
     folder = change(write_run(tmp_path / "old"), **dict.fromkeys(NEW))
     page = page_of(folder)
-    assert "The protocol was not recorded" in page and "not recorded" in cards(read_run(folder))[0].value
-    assert "calibration error (ECE)" not in page and len(panels_of(read_run(folder))) == 19
+    assert "The protocol was not recorded" in page
+    assert any(card.value == "not recorded" for card in cards(read_run(folder)))
+    assert "calibration error (ECE)" not in page and len(panels_of(read_run(folder))) == 18
     assert "not recorded" in page_of(folder, write_run(tmp_path / "new"))
 
 

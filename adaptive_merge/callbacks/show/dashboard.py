@@ -94,14 +94,12 @@ class Dashboard(pl.Callback):
             yield "trajectories", coefficient_trajectories(module.tasks, history.steps, samples)
 
     def _final(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[tuple[str, Figure]]:
-        from adaptive_merge.report.figures import accuracy_bars, accuracy_radar, gap_recovered
+        from adaptive_merge.report.figures import accuracy_bars, gap_recovered
 
         yield from self._running(trainer, module)
         if scores := self._complete():
             yield module.measure, accuracy_bars(scores, module.measure)
             yield "gap", gap_recovered(scores)
-            if len(scores) > 2:
-                yield "radar", accuracy_radar(scores)
 
     def _complete(self) -> dict[str, dict[str, float]]:
         return {task: row for task, row in self._scores.items() if all(view in row for view in _VIEWS)}

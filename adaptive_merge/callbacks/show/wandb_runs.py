@@ -1,4 +1,4 @@
-"""How a run appears in Weights & Biases: private, offline without a key, resumed runs together."""
+"""How a run appears in Weights & Biases: private, offline without a key, one run a folder, arrays together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from adaptive_merge import upstream
 from adaptive_merge.callbacks.show.sturdy import Sturdy
 from adaptive_merge.files import save_json
 from adaptive_merge.privacy import scrub
+from adaptive_merge.runs.array import ARRAY
 
 __all__ = ["FILE", "protect"]
 
@@ -28,7 +29,7 @@ def protect(logger: Logger, folder: str | Path, resumed: bool = False) -> Logger
     """A logger that cannot stop the run; a `WandbLogger` also keeps to the run folder and says little.
 
     wandb then saves no git state, no code, no command line and no console output. Without an API key it is offline,
-    and one line says how to upload. Attempts at a run that was resumed are one group; online they are one run.
+    and one line says how to upload. All attempts at a run have one id, offline too; runs of an array are a group.
 
     Args:
         logger: any Lightning logger.
@@ -55,7 +56,7 @@ def _prepare(logger: WandbLogger, folder: Path, resumed: bool) -> None:
         options["mode"] = "offline"
     if options.get("anonymous") is None:
         options.pop("anonymous", None)
-    _name(options, folder, resumed, offline)
+    _name(options, folder, resumed)
     upstream.redirect(logger)
     if offline:
         _log.warning("wandb is offline; to upload this run: wandb sync %s", folder / "wandb" / "offline-run-*")
@@ -105,22 +106,22 @@ def _has_key() -> bool:
     return False
 
 
-def _name(options: dict[str, Any], folder: Path, resumed: bool, offline: bool) -> None:
-    """Online one run with a fixed id, which is resumed; offline a run an attempt, since a sync replaces the last."""
-    path, known = folder / FILE, {}
-    if resumed and path.is_file():
-        try:
-            known = json.loads(path.read_text())
-        except ValueError:
-            known = {}
-    attempt = int(known.get("attempt", 0)) + 1
-    identity = options.get("id") or known.get("id") or secrets.token_hex(4)
-    run = folder.resolve().name
-    options["group"] = options.get("group") or run
-    if offline:
-        options["name"] = options.get("name") or (f"{run}-attempt-{attempt}" if attempt > 1 else run)
-        options["id"] = f"{identity}-{attempt}" if attempt > 1 else identity
-        options["resume"] = None
-    else:
-        options |= {"id": identity, "resume": "allow", "name": options.get("name") or run}
-    save_json(path, {"id": identity, "attempt": attempt})
+def _name(options: dict[str, Any], folder: Path, resumed: bool) -> None:
+    """One id a folder, which wandb resumes: at once where it is online, else when the attempts are uploaded."""
+    path, place = folder / FILE, folder.resolve()
+    known = _known(path) if resumed else None
+    array = place.parent.name if (place.parent / ARRAY).is_file() else None
+    # What is set here would win over wandb's environment variables.
+    options["id"] = options.get("id") or os.environ.get("WANDB_RUN_ID") or known or secrets.token_hex(4)
+    options["name"] = options.get("name") or os.environ.get("WANDB_NAME") or place.name
+    options["group"] = options.get("group") or os.environ.get("WANDB_RUN_GROUP") or array
+    options["resume"] = "allow"
+    save_json(path, {"id": options["id"]})
+
+
+def _known(path: Path) -> str | None:
+    """The id under which this folder's run was logged before."""
+    try:
+        return str(json.loads(path.read_text())["id"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

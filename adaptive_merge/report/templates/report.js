@@ -8,6 +8,22 @@
   system.addEventListener("change", tell);
   tell();
 
+  // What scrolls sideways says so, and answers to the keyboard.
+  const watch = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      const scrolls = target.scrollWidth > target.clientWidth + 1;
+      target.toggleAttribute("data-scrolls", scrolls);
+      scrolls ? target.setAttribute("tabindex", "0") : target.removeAttribute("tabindex");
+    }
+  });
+  for (const part of document.querySelectorAll(".table, .wide .plot, pre")) {
+    const cue = document.createElement("p");
+    cue.className = "cue";
+    cue.textContent = "more to the right: scroll sideways →";
+    part.after(cue);
+    watch.observe(part);
+  }
+
   const value = (row, column) => {
     const cell = row.cells[column], raw = cell.dataset.value;
     if (raw === undefined) return cell.textContent.trim();

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One machine, several processes. Arguments go to `adaptive-merge fit`:
-#   PROCESSES=4 bash scripts/torchrun.sh --config adamerging --run.name mine
+#   PROCESSES=4 bash scripts/launch/torchrun.sh --config adamerging --run.name mine
 # Several machines without SLURM: on each of them, with the same HEAD and JOB,
-#   NODES=2 HEAD=node0:29400 JOB=mine PROCESSES=8 bash scripts/torchrun.sh --config …
+#   NODES=2 HEAD=node0:29400 JOB=mine PROCESSES=8 bash scripts/launch/torchrun.sh --config …
 set -euo pipefail
 
 PROCESSES=${PROCESSES:-2}

@@ -1,0 +1,78 @@
+"""The page of results and the script that writes it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def page():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import results_page
+
+        yield results_page
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+def test_no_cell_of_the_results_is_empty(page):
+    for name in ("overview", "axes", *page.PROTOCOLS):
+        head, _, *rows = [line for line in page.between(name).splitlines() if line]
+        assert len(rows) > 5
+        for row in (head, *rows):
+            cells = [cell.strip() for cell in row.strip("|").split("|")]
+            assert len(cells) == head.count("|") - 1 and not {"", "–"} & set(cells), row
+
+
+def test_a_row_without_runs_stays_as_the_page_has_it(page, monkeypatch, tmp_path):
+    monkeypatch.setattr(page, "RUNS", tmp_path)
+    page.load.cache_clear()
+    try:
+        made = page.tables()
+    finally:
+        page.load.cache_clear()
+    for protocol, rows in made.items():
+        text = page.markdown(page.columns(protocol), list(rows.values()), lambda row, name: page.NOT_RECORDED)
+        assert text == page.between(protocol).strip()
+    assert page.overview(made) == page.between("overview").strip()
+
+
+def test_the_plan_has_every_recipe_and_what_is_asked_for_alone(page):
+    import reproduce
+
+    options = argparse.Namespace(protocol=list(reproduce.PROTOCOLS), methods=None, seeds=None)
+    jobs = reproduce.jobs(options)
+    assert (
+        len(set(jobs)) == len(jobs)
+        and len(reproduce.TWENTY) == len(set(reproduce.TWENTY) & set(reproduce.methods())) == 20
+    )
+    assert {method for protocol, method, _ in jobs if protocol == "holdout"} == set(reproduce.methods())
+    assert ("holdout", "best", 2) in jobs and ("holdout", "ties", 1) not in jobs and ("unseen", "best", 0) in jobs
+    options = argparse.Namespace(protocol=["online"], methods=["best", "surgery_adamerging"], seeds=[4])
+    assert reproduce.jobs(options) == [("online", "task_arithmetic", 4), ("online", "best", 4)]
+
+
+def test_the_front_has_what_no_other_beats(page):
+    from results_figures import front
+
+    points = {"free": (0, 70), "poor": (5, 60), "mid": (5, 80), "same": (9, 80), "best": (9, 90)}
+    assert front(points) == ["free", "mid", "best"]
+
+
+def test_a_quadratic_fit_finds_its_function_and_the_front_its_corner(page):
+    import coefficient_front as front
+
+    random = np.random.default_rng(0)
+    coefficients, weights = random.random((20, 2)), random.normal(size=(6, 2))
+    values = front.predict(coefficients, weights)
+    assert np.allclose(front.fit(coefficients, values), weights)
+    assert np.allclose(front.explained(coefficients, values, weights), 1)
+    rows = np.array([[1, 1], [2, 0], [0, 2], [1, 0.5], [2, 0]])
+    assert front.front(rows).tolist() == [1, 0, 2]
+    assert front.grid(3).shape == (26**3, 3)
