@@ -145,7 +145,7 @@ class AdaptiveMergeCLI(LightningCLI):
         if not 0 <= settings.seed_everything < 2**32:
             raise InputError(f"--seed_everything {settings.seed_everything}: give a whole number from 0 to {2**32 - 1}")
         if settings.run.name:
-            settings.run.name = settings.run.name.replace("{recipe}", settings.model.recipe)
+            settings.run.name = settings.run.name.replace("{recipe}", _label(settings))
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -174,7 +174,8 @@ class AdaptiveMergeCLI(LightningCLI):
             "--run.name",
             type=str | None,
             default=None,
-            help="folder of this run; `{recipe}` in it stands for the recipe, which is the default",
+            help="folder of this run; `{recipe}` in it stands for the default: the recipe and, where they are others "
+            "than usual, protocol and corruption, such as `adamerging-holdout`",
         )
         parser.add_argument(
             "--run.if_exists",
@@ -210,7 +211,7 @@ class AdaptiveMergeCLI(LightningCLI):
     def folder(self) -> Path:
         """The run folder."""
         settings = self.settings
-        return Path(settings.run.root) / (settings.run.name or settings.model.recipe)
+        return Path(settings.run.root) / (settings.run.name or _label(settings))
 
     def before_instantiate_classes(self) -> None:
         """Point loggers and checkpoints at the run folder, after checking that nothing in it gets lost."""
@@ -223,7 +224,7 @@ class AdaptiveMergeCLI(LightningCLI):
             return
         settings.weights_only = True
         check_names(self.folder.parts[1:], "folder of a run", "--run.name")
-        check_name(settings.run.root, settings.run.name or settings.model.recipe)
+        check_name(settings.run.root, settings.run.name or _label(settings))
         if settings.model.cache:
             check_writable(Path(settings.model.cache))
         self._session = Session(self.folder, settings.run.if_exists, self._held, STARTED)
@@ -277,6 +278,14 @@ class AdaptiveMergeCLI(LightningCLI):
     def after_validate(self) -> None:
         """Keep the scores of the view that was validated."""
         self.results = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+
+
+def _label(settings: Namespace) -> str:
+    """What a run is called by itself, so that one of another protocol or corruption does not meet it in its folder."""
+    protocol, corruption = settings.data.protocol, settings.data.corruption
+    parts = [protocol.class_path.rpartition(".")[2].lower()] if protocol else []
+    parts += [corruption.init_args.kind, str(corruption.init_args.severity)] if corruption else []
+    return "-".join([settings.model.recipe, *(part for part in parts if part != "transductive")])
 
 
 def _stay_local() -> None:

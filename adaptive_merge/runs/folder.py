@@ -21,7 +21,7 @@ from adaptive_merge.privacy import scrub
 from adaptive_merge.process.locks import locked
 from adaptive_merge.runs.checkpoint_io import check_writable
 from adaptive_merge.runs.journal import JOURNAL, KNOWN, Journal
-from adaptive_merge.runs.results import footing, table
+from adaptive_merge.runs.results import footing, gains, table
 
 __all__ = [
     *("RUN_FILES", "START_FILES", "SaveConfig"),
@@ -211,9 +211,11 @@ def undoing(folder: Path) -> Callable[[], None]:
 
 @rank_zero_only
 def publish(results: dict[str, Any], folder: Path) -> None:
-    """Write `results.json` and print the table."""
+    """Write `results.json`, and print what was gained by what and the table."""
     save_json(folder / "results.json", results)
     console = Console()
+    if line := gains(results):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(table(results))
     seconds = results["seconds"]
     console.print(

@@ -29,6 +29,7 @@ __all__ = [
     "SCHEMA",
     "evaluate",
     "footing",
+    "gains",
     "peak_memory",
     "score",
     "summary",
@@ -197,6 +198,18 @@ def _made(results: Mapping[str, Any]) -> str | None:
 def uses_labels(results: Mapping[str, Any]) -> bool:
     """Whether labels had a part in what was learned or kept."""
     return results.get("guard", {}).get("select") == "oracle"
+
+
+def gains(results: Mapping[str, Any]) -> str:
+    """What was gained by what, in points of the mean accuracy, in one line; empty where nothing could be gained."""
+    average = results["average"]
+    merged = average.get("anchor", average["initial"])
+    parts = [f"{gain(average['initial'], merged):+.1f} by the start"] if "anchor" in average else []
+    parts += [f"{gain(average['adapted'], average['initial']):+.1f} by adaptation"] if results["steps"] else []
+    if not parts or results.get("measure", "accuracy") != "accuracy":
+        return ""
+    ends = f"{percent(average['adapted']):.1f} %, the experts {percent(average['individual']):.1f} %"
+    return f"{percent(merged):.1f} % merged, {', '.join(parts)}: {ends}"
 
 
 def footing(results: Mapping[str, Any]) -> str:

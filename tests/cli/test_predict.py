@@ -159,6 +159,6 @@ def test_what_needs_labels_is_refused_without(unlabelled, monkeypatch, capsys):
 def test_a_single_pass_without_labels(unlabelled, monkeypatch, capsys):
     monkeypatch.chdir(unlabelled)
     assert main(["fit", "--config", "quick.yaml", "--data.protocol", "Online", "--data.images_per_task", "8"]) == 0
-    found = json.loads((unlabelled / "runs/quick/results.json").read_text())
+    found = json.loads((unlabelled / "runs/quick-online/results.json").read_text())
     assert "online" not in found and found["steps"] == 3
     assert "each predicted before" not in capsys.readouterr().out

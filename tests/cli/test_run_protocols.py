@@ -39,7 +39,7 @@ class Stop(pl.Callback):
 
 
 def fit(work, *options):
-    code = main(["fit", "--config", "quick.yaml", "--run.if_exists", "overwrite", *options])
+    code = main(["fit", "--config", "quick.yaml", "--run.name", "quick", "--run.if_exists", "overwrite", *options])
     return code, json.loads((work / "runs" / "quick" / "results.json").read_text())
 
 
@@ -119,7 +119,7 @@ def test_an_oracle_is_marked(work, capsys):
 def test_a_mistake_costs_no_finished_run(work, capsys):
     fit(work)
     before = (work / "runs" / "quick" / "results.json").read_bytes()
-    again = ["fit", "--config", "quick.yaml", "--run.if_exists", "overwrite"]
+    again = ["fit", "--config", "quick.yaml", "--run.name", "quick", "--run.if_exists", "overwrite"]
     assert main([*again, "--run.select", "oracle"]) == 2
     assert "--trainer.val_check_interval" in capsys.readouterr().err
     online = ["--data.protocol", "Online", "--run.select", "oracle", "--trainer.val_check_interval", "1"]
