@@ -91,7 +91,8 @@ def loss_of(features: Tensor, head: Tensor) -> Tensor:
 
 
 def floor(backbone, bank, heads, batch, joint: bool = False) -> Callable[[], None]:
-    """Forward and backward with plain weights, task by task."""
+    """Forward and backward with plain weights, task by task (as one batch on CUDA)."""
+    joint = joint or next(backbone.parameters()).is_cuda
 
     def step() -> None:
         backbone.zero_grad()
