@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
+from types import TracebackType
 from typing import Any, Final, Literal
 
 import pytorch_lightning as pl
@@ -17,7 +19,7 @@ from adaptive_merge.data.images import Images, LazyImages
 from adaptive_merge.data.protocols import Protocol, Transductive
 from adaptive_merge.data.sampler import Draws, Sampling, Schedule, StepSampler, chosen
 from adaptive_merge.errors import InputError
-from adaptive_merge.process.signals import ignore_signals
+from adaptive_merge.process.signals import end_workers_at_exit, ignore_signals
 from adaptive_merge.upstream import keep_samplers
 
 __all__ = ["Share", "TaskStream"]
@@ -158,7 +160,8 @@ class TaskStream(pl.LightningDataModule):
 
     def _loader(self, dataset: Dataset, sampler: StepSampler | None = None) -> DataLoader:
         """Batches as the dataset makes them."""
-        workers = self.num_workers
+        if workers := self.num_workers:
+            end_workers_at_exit(os.getpid())
         return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, worker_init_fn=_begin_worker)
 
     def _steps(self) -> _Steps:
@@ -186,8 +189,15 @@ def _read(images: Mapping[str, Images], task: str, corruption: Corruption | None
 def _begin_worker(number: int) -> None:
     """A worker ends with its process, not before it; its generators are seeded as Lightning would."""
     ignore_signals()
+    sys.excepthook = _unless_left
     if os.environ.get("PL_SEED_WORKERS") == "1":
         pl_worker_init_function(number)
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A process that stops while it is handed a batch is not a fault."""
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 class _Steps(Dataset):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import logging
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -30,6 +32,7 @@ __all__ = [
     "Preempted",
     "Signals",
     "current",
+    "end_workers_at_exit",
     "exit_code",
     "ignore_signals",
     "slurm_job",
@@ -144,6 +147,25 @@ def ignore_signals() -> None:
     """For a process that works for another: the terminal and the scheduler tell all of a job, and one decides."""
     for number in _answers():
         signal.signal(number, signal.SIG_IGN)
+
+
+@functools.cache
+def end_workers_at_exit(process: int) -> None:
+    """Let workers that ignore signals end when this process does, by a signal that cannot be ignored.
+
+    A loader that something still refers to has living workers; the interpreter would tell them to end, and wait.
+
+    Args:
+        process: the id of this process: a fork of it has workers of its own.
+    """
+    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
+
+
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for a worker's failure
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def exit_code(asked: int, first: bool | None = None) -> int:

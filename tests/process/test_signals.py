@@ -1,7 +1,9 @@
 """A run that is told to stop in any phase says what it leaves, and ends with the documented code."""
 
+import multiprocessing.util
 import os
 import signal
+import time
 
 import pytest
 from processes import start, texts, wait
@@ -135,3 +137,20 @@ def test_workers_ignore_what_their_process_answers(tmp_path):
         return 7
 
     assert wait(start(worker, log=tmp_path / "log"), 20) == 7
+
+
+def test_workers_that_ignore_signals_do_not_outlive_their_process(tmp_path):
+    def main():
+        signals.end_workers_at_exit(os.getpid())
+        read, write = os.pipe()
+        multiprocessing.Process(target=work, args=(write,), daemon=True).start()
+        os.read(read, 1)
+        multiprocessing.util._exit_function()  # as an interpreter that exits: it tells workers to end, and waits
+        return 7
+
+    def work(write):
+        signals.ignore_signals()
+        os.write(write, b"1")
+        time.sleep(1000)
+
+    assert wait(start(main, log=tmp_path / "log"), 60) == 7
