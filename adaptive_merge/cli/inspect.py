@@ -23,7 +23,7 @@ from adaptive_merge.runs.checkpoint import read_checkpoint
 from adaptive_merge.runs.journal import Journal
 from adaptive_merge.runs.measures import measures
 from adaptive_merge.runs.reading import read_run
-from adaptive_merge.runs.results import table
+from adaptive_merge.runs.shown import table
 
 __all__ = ["describe", "inspect"]
 

@@ -15,7 +15,7 @@ from adaptive_merge.engine.views import VIEWS, percent
 from adaptive_merge.export.formats import OPENAI_MEAN, OPENAI_STD, Job
 from adaptive_merge.export.tower import image_size
 from adaptive_merge.files import save_text
-from adaptive_merge.runs.results import footing, uses_labels
+from adaptive_merge.runs.shown import footing, uses_labels
 from adaptive_merge.weights.manifest import sha256_of_files
 
 __all__ = ["plain", "write_card"]

@@ -22,7 +22,7 @@ from adaptive_merge.report.style import short
 from adaptive_merge.report.summary import gap_closed
 from adaptive_merge.report.terms import ORACLE, protocol, terms
 from adaptive_merge.runs.reading import Run
-from adaptive_merge.runs.results import uses_labels
+from adaptive_merge.runs.shown import uses_labels
 
 __all__ = ["Contrast", "Group", "alike", "comparison_plans", "contrasts", "difference", "group_runs"]
 

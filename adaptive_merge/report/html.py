@@ -27,7 +27,7 @@ from adaptive_merge.report.summary import Card, cards, duration, gap_closed, pro
 from adaptive_merge.report.terms import ORACLE, alarms, choice, sentence, start, start_choices, terms
 from adaptive_merge.runs.measures import improvement, normalised
 from adaptive_merge.runs.reading import Run, read_run
-from adaptive_merge.runs.results import uses_labels
+from adaptive_merge.runs.shown import uses_labels
 
 __all__ = ["report_run", "write_report"]
 

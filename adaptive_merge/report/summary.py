@@ -12,7 +12,7 @@ from adaptive_merge.report.statistics import half_width, independent_images, pai
 from adaptive_merge.report.style import short
 from adaptive_merge.report.terms import ORACLE, guard_warnings, meaning, protocol
 from adaptive_merge.runs.reading import Run
-from adaptive_merge.runs.results import uses_labels
+from adaptive_merge.runs.shown import uses_labels
 
 __all__ = ["Card", "cards", "duration", "gap_closed", "probability", "warnings_of"]
 

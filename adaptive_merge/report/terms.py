@@ -9,7 +9,8 @@ from adaptive_merge.engine.views import percent
 from adaptive_merge.report.style import short
 from adaptive_merge.runs.reading import Run
 from adaptive_merge.runs.record import MEASURES
-from adaptive_merge.runs.results import MOST_WARNINGS, footing, uses_labels
+from adaptive_merge.runs.results import MOST_WARNINGS
+from adaptive_merge.runs.shown import footing, uses_labels
 
 __all__ = [
     "ORACLE",

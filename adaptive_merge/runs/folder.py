@@ -21,7 +21,7 @@ from adaptive_merge.privacy import scrub
 from adaptive_merge.process.locks import locked
 from adaptive_merge.runs.checkpoint_io import check_writable
 from adaptive_merge.runs.journal import JOURNAL, KNOWN, Journal
-from adaptive_merge.runs.results import footing, gains, table
+from adaptive_merge.runs.shown import footing, gains, table
 
 __all__ = [
     *("RUN_FILES", "START_FILES", "SaveConfig"),

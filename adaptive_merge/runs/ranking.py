@@ -14,7 +14,7 @@ from rich.table import Table
 from adaptive_merge.engine.scoring import CRITERIA
 from adaptive_merge.errors import InputError, did_you_mean, printable
 from adaptive_merge.runs.reading import Run
-from adaptive_merge.runs.results import uses_labels
+from adaptive_merge.runs.shown import uses_labels
 
 __all__ = ["BY", "Candidate", "check_by", "conclusion", "marked", "rank", "table"]
 

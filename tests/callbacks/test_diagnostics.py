@@ -79,7 +79,7 @@ def test_a_run_shows_and_prints_what_it_has(trained, tmp_path, capsys):
     folder = write_run(tmp_path / "run", tasks=("red", "green", "blue"))
     old = write_run(tmp_path / "old", tasks=("red", "green", "blue"))
     (tmp_path / "diagnostics.safetensors").rename(folder / "diagnostics.safetensors")
-    main(["inspect", str(folder)])
+    main(["inspect", str(folder), "--json"])
     content = json.loads(capsys.readouterr().out)
     assert set(content["interference"]) == {"sign_conflicts", "masks", "alignment", "contribution"}
     assert set(content["interference"]["contribution"]["blocks.1"]) == {"red", "green", "blue"}
@@ -88,7 +88,7 @@ def test_a_run_shows_and_prints_what_it_has(trained, tmp_path, capsys):
     titles = ("Sign conflicts", "Overlap of TALL-masks", "Subspace alignment", "Contribution of the layers")
     assert all(title in page for title in titles) and "could not be drawn" not in page
     assert "mean of ratios" in page and ">NAI<" in page
-    main(["inspect", str(old)])
+    main(["inspect", str(old), "--json"])
     assert json.loads(capsys.readouterr().out)["interference"] == {}
     page = write_report([old], tmp_path / "old.html").read_text()
     assert not any(title in page for title in titles) and "could not be drawn" not in page

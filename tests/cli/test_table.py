@@ -54,7 +54,7 @@ def test_recipes_are_listed_without_torch():
 
 def test_a_run_is_inspected_without_lightning(work):
     assert main(["fit", "--config", "quick.yaml"]) == 0
-    lines, modules = alone("main(['inspect', 'runs/quick'])")
+    lines, modules = alone("main(['inspect', 'runs/quick', '--json'])")
     assert "pytorch_lightning" not in modules and json.loads("\n".join(lines))["checkpoint"]["step"] == 1
 
 

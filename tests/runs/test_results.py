@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaptive_merge.runs.results import gains
+from adaptive_merge.runs.shown import gains
 
 AVERAGE = {"pretrained": 0.66, "individual": 0.941, "initial": 0.896, "adapted": 0.908}
 
