@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -61,8 +62,13 @@ def page(cut, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "_fit", in_process)
     for name in ("CLIP_CHECKPOINTS", "CLIP_DATA"):
         monkeypatch.setenv(name, "")  # what a block exports is gone after the page
+    for name in ("WANDB_MODE", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, "unset")
+        monkeypatch.delenv(name)  # and so does what the loggers put there
     monkeypatch.chdir(tmp_path)
-    return Page(monkeypatch)
+    yield Page(monkeypatch)
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()  # a process that is forked later would take the run for its own
 
 
 def in_process(arguments, log):

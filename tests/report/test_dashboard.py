@@ -79,7 +79,7 @@ def offline(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     yield wandb
-    wandb.teardown()  # its service too, which a process forked later could not share
+    wandb.finish()
 
 
 def adapt(parts, loggers, folder, steps=4, callbacks=(), **options):
