@@ -1,4 +1,4 @@
-"""A quiet trainer for tests."""
+"""A quiet trainer, and a quick run's configuration without its suite, for tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import torch
 import adaptive_merge as am
 
 STEPS = 20
+QUICK = """
+model:
+  recipe: quick
+  coefficients: {class_path: LayerWise, init_args: {init: 0.3}}
+trainer: {max_steps: 3, accelerator: cpu, enable_progress_bar: false}
+data: {images_per_task: 4}
+"""
 
 
 class Trajectory(pl.Callback):

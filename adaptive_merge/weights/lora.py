@@ -49,8 +49,7 @@ class Lora(Folder):
     """
 
     expects = "adapter_config.json with adapter_model.safetensors (LoRA, by PEFT)"
-    format, config = "lora", "adapter_config.json"
-    names = ("adapter_model.safetensors", "adapter_model.bin")
+    format, config, names = "lora", "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
     def statement(self, folder: Path) -> Manifest:
         return Manifest(str(folder / self.config))

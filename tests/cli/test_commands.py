@@ -6,26 +6,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_manifest
+from fitting import QUICK
 from safetensors.torch import load_file, save_file
 
 import adaptive_merge as am
 from adaptive_merge.__main__ import main
 from adaptive_merge.suites.embedded_tower import build_encoder
 
-CONFIG = """
-model:
-  recipe: quick
-  coefficients: {class_path: LayerWise, init_args: {init: 0.3}}
-trainer: {max_steps: 3, accelerator: cpu, enable_progress_bar: false}
-data: {images_per_task: 4}
-"""
-
 
 @pytest.fixture
 def work(tmp_path, monkeypatch, suite_folder):
     """An empty working directory with a quick configuration over the toy suite."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quick.yaml").write_text(f"suite: {{name: {suite_folder}}}" + CONFIG)
+    (tmp_path / "quick.yaml").write_text(f"suite: {{name: {suite_folder}}}" + QUICK)
     return tmp_path
 
 
@@ -289,7 +282,7 @@ def test_configurations_with_all_that_fit_takes_are_merged(work):
     assert main(["merge", "quick.yaml", "more.yaml", "--output", "out"]) == 0
 
 
-ADAPTED = CONFIG.replace("trainer", "  adapters: [{class_path: FeatureSurgery, init_args: {rank: 2}}]\ntrainer")
+ADAPTED = QUICK.replace("trainer", "  adapters: [{class_path: FeatureSurgery, init_args: {rank: 2}}]\ntrainer")
 
 
 def test_merge_says_what_it_leaves_out(work, suite_folder, capsys):

@@ -5,17 +5,11 @@ import shutil
 import struct
 
 import pytest
+from fitting import QUICK
 from planning import SMALL, TINY, measured_peaks, write_clip_suite
 
 from adaptive_merge.__main__ import main
 
-CONFIG = """
-model:
-  recipe: quick
-  coefficients: {class_path: LayerWise, init_args: {init: 0.3}}
-trainer: {max_steps: 3, accelerator: cpu, enable_progress_bar: false}
-data: {images_per_task: 4}
-"""
 RECIPES = ("adamerging", "adamerging_pp", "tinting_pp", "surgery_adamerging")
 KINDS = ("resident", "streamed", "sharded")
 
@@ -23,7 +17,7 @@ KINDS = ("resident", "streamed", "sharded")
 @pytest.fixture
 def work(tmp_path, monkeypatch, suite_folder):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quick.yaml").write_text(f"suite: {{name: {suite_folder}}}" + CONFIG)
+    (tmp_path / "quick.yaml").write_text(f"suite: {{name: {suite_folder}}}" + QUICK)
     return tmp_path
 
 

@@ -4,18 +4,12 @@ import json
 
 import pytest
 import torch
+from fitting import QUICK
 from safetensors.torch import load_file
 
 from adaptive_merge.__main__ import main
 
-CONFIG = """
-model:
-  recipe: quick
-  coefficients: {class_path: LayerWise, init_args: {init: 0.3}}
-trainer: {max_steps: 3, accelerator: cpu, enable_progress_bar: false}
-data: {images_per_task: 4}
-run: {report: false}
-"""
+CONFIG = QUICK + "run: {report: false}\n"
 
 
 @pytest.fixture

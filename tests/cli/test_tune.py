@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np
 import pytest
 from conftest import write_manifest, write_suite
+from fitting import QUICK
 from processes import start, wait
 
 import adaptive_merge as am
@@ -19,13 +20,6 @@ from adaptive_merge.runs.array import last_words
 from adaptive_merge.runs.ranking import Candidate, conclusion, rank
 from adaptive_merge.runs.reading import Run
 
-CONFIG = """
-model:
-  recipe: quick
-  coefficients: {class_path: LayerWise, init_args: {init: 0.3}}
-trainer: {max_steps: 3, accelerator: cpu, enable_progress_bar: false}
-data: {images_per_task: 4}
-"""
 COMMAND = ["tune", "--config", "quick.yaml", "--run.report", "false"]
 
 
@@ -33,7 +27,7 @@ COMMAND = ["tune", "--config", "quick.yaml", "--run.report", "false"]
 def work(tmp_path, monkeypatch, suite_folder):
     """A working directory with a quick configuration over the toy suite; each fit runs here, not in a process."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quick.yaml").write_text(f"suite: {{name: {suite_folder}}}" + CONFIG)
+    (tmp_path / "quick.yaml").write_text(f"suite: {{name: {suite_folder}}}" + QUICK)
     ran = []
 
     def fit(arguments, log):

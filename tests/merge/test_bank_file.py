@@ -51,7 +51,7 @@ def test_of_two_processes_one_makes_it_and_the_other_reads_it(bank, tmp_path, mo
     both = [start(read_by, path, make, result, log=tmp_path / "log") for result in results]
     assert [wait(process, 60) for process in both] == [0, 0]
     assert len(make.asked) == 1
-    assert all(torch.equal(torch.load(result), 2 * bank.vectors) for result in results)
+    assert all(torch.equal(torch.load(result, weights_only=True), 2 * bank.vectors) for result in results)
     assert [file.name for file in path.parent.iterdir()] == ["made.safetensors"]
 
 
@@ -69,7 +69,7 @@ def test_where_the_process_that_makes_it_dies_another_one_does(bank, tmp_path):
     os.killpg(first, signal.SIGKILL)
     os.waitpid(first, 0)
     assert wait(second, 60) == 0
-    assert torch.equal(torch.load(tmp_path / "1.pt"), 2 * bank.vectors)
+    assert torch.equal(torch.load(tmp_path / "1.pt", weights_only=True), 2 * bank.vectors)
     assert [file.name for file in path.parent.iterdir()] == ["made.safetensors"]
 
 

@@ -104,9 +104,10 @@ def alone(tmp_path_factory):
 def test_processes_learn_the_same(alone, tmp_path, world):
     assert launch(world, learn, world, tmp_path, folder=tmp_path) == [0] * world, texts(tmp_path)
     for path in tmp_path.glob("*-0.pt"):
-        state, loss = torch.load(alone / path.name)
+        state, loss = torch.load(alone / path.name, weights_only=True)
         for rank in range(world):
-            other, other_loss = torch.load(tmp_path / path.name.replace("-0.pt", f"-{rank}.pt"))
+            file = tmp_path / path.name.replace("-0.pt", f"-{rank}.pt")
+            other, other_loss = torch.load(file, weights_only=True)
             assert other_loss == pytest.approx(loss, abs=1e-5), path.name
             for name, value in state.items():
                 torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-5, msg=f"{path.name} {name}")
