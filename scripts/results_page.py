@@ -129,19 +129,23 @@ def reference(protocol: str, name: str, run: Run) -> Cells:
 
 
 def tested(protocol: str, rows: dict[str, Cells], known: Mapping[str, Cells]) -> dict[str, Cells]:
-    """The rows with p against the best method whose runs are here: paired over images, with the seeds' variance."""
-    here = {method: load(protocol, method) for method in rows if method not in REFERENCES}
-    here = {method: group for method, group in here.items() if group.runs}
-    if not here:
+    """The rows with p against the best method of the table: paired over images, with the seeds' variance.
+
+    Between rows whose runs are not both here nothing is tested; what the page says against the same best stays.
+    """
+    named = {method: cells for method, cells in rows.items() if method not in REFERENCES}
+    groups = {method: load(protocol, method) for method in named}
+    if not any(group.runs for group in groups.values()):
         return rows
-    best = max(here, key=lambda method: here[method].spread[0])
+    best = max(named, key=lambda method: number(named[method]["mean accuracy, %"]))
     same = known.get(best, {}).get("p against the best") == BEST
-    for method, cells in rows.items():
-        if method in here:
-            test = difference(here[best], here[method])
-            paired = "" if test.paired else ", binomial"
-            cells["p against the best"] = BEST if method == best else f"{probability(test.p)}{paired}"
-        elif method not in REFERENCES and not same:
+    for method, cells in named.items():
+        if method == best:
+            cells["p against the best"] = BEST
+        elif groups[best].runs and groups[method].runs:
+            test = difference(groups[best], groups[method])
+            cells["p against the best"] = f"{probability(test.p)}{'' if test.paired else ', binomial'}"
+        elif groups[method].runs or not same:
             cells["p against the best"] = NOT_RECORDED
     return rows
 

@@ -43,6 +43,15 @@ def test_a_row_without_runs_stays_as_the_page_has_it(page, monkeypatch, tmp_path
     assert page.overview(made) == page.between("overview").strip()
 
 
+def test_the_best_is_that_of_the_table_and_not_of_the_runs_at_hand(page, monkeypatch):
+    groups = {"a": page.Group("a", [object()]), "b": page.Group("b", [])}
+    monkeypatch.setattr(page, "load", lambda protocol, method: groups[method])
+    mean, p = "mean accuracy, %", "p against the best"
+    known = {"a": {mean: "70.0", p: "0.02"}, "b": {mean: "90.0 ± 0.1", p: page.BEST}}
+    rows = page.tested("holdout", {name: dict(cells) for name, cells in known.items()}, known)
+    assert rows["b"][p] == page.BEST and rows["a"][p] == page.NOT_RECORDED
+
+
 def test_the_plan_has_every_recipe_and_what_is_asked_for_alone(page):
     import reproduce
 

@@ -210,8 +210,12 @@ class AdaptiveMergeCLI(LightningCLI):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        settings = self.settings
-        return Path(settings.run.root) / (settings.run.name or _label(settings))
+        return Path(self.settings.run.root) / self.run_name
+
+    @property
+    def run_name(self) -> str:
+        """Its folder within the root: what the user says, or what the run is called by itself."""
+        return self.settings.run.name or _label(self.settings)
 
     def before_instantiate_classes(self) -> None:
         """Point loggers and checkpoints at the run folder, after checking that nothing in it gets lost."""
@@ -224,7 +228,7 @@ class AdaptiveMergeCLI(LightningCLI):
             return
         settings.weights_only = True
         check_names(self.folder.parts[1:], "folder of a run", "--run.name")
-        check_name(settings.run.root, settings.run.name or _label(settings))
+        check_name(settings.run.root, self.run_name)
         if settings.model.cache:
             check_writable(Path(settings.model.cache))
         self._session = Session(self.folder, settings.run.if_exists, self._held, STARTED)

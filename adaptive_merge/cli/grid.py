@@ -38,10 +38,11 @@ Grid = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination: its values, the arguments of its `fit`, its folder and whether it still has to run."""
+    """One combination: its values, the arguments and settings of its `fit`, its folder, and whether it is to run."""
 
     values: dict[str, Any]
     arguments: list[str]
+    settings: dict[str, Any]
     folder: Path
     pending: bool
 
@@ -121,20 +122,21 @@ def plan(grid: Grid, rest: Sequence[str], kind: str = "tune") -> tuple[Path, lis
     """
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     arguments = [_with(values, rest) for values in combinations]
-    parsed = [settings_of(own) for own in arguments]
-    asked, recipe = parsed[0]["run"], parsed[0]["model"]["recipe"]
-    folder = Path(asked["root"]) / (asked["name"] or (f"{recipe}-{kind}" if grid else recipe))
+    fits = [_Settings(args=["fit", *own]) for own in arguments]
+    parsed, asked, folder = [_plain(one) for one in fits], fits[0].settings.run, fits[0].folder
+    if grid and not asked.name:
+        folder = folder.with_name(f"{folder.name}-{kind}")
     check_writable(folder)
     if grid and any((folder / name).exists() for name in RUN_FILES):
         raise InputError(f"{folder} holds a run, not a grid of them; choose another --run.name")
-    overwrite = asked["if_exists"] == "overwrite"
+    overwrite = asked.if_exists == "overwrite"
     trials = []
     for values, own, settings in zip(combinations, arguments, parsed):
         place = folder / _slug(values) if grid else folder
         own = without(own, ("run.root", "run.name", "run.if_exists"))
         own += [f"--run.root={place.parent}", f"--run.name={place.name}"]
         own.append(f"--run.if_exists={'overwrite' if overwrite else 'resume'}")
-        trials.append(Trial(values, own, place, overwrite or not _finished(place, settings)))
+        trials.append(Trial(values, own, settings, place, overwrite or not _finished(place, settings)))
     return folder, trials
 
 
@@ -159,8 +161,11 @@ def without(arguments: Sequence[str], settings: Sequence[str]) -> list[str]:
 
 def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
     """What `fit` would run with, as plain values without secrets."""
-    settings = _Settings(args=["fit", *arguments]).settings
-    return json.loads(json.dumps(scrub(settings.as_dict()), default=str))
+    return _plain(_Settings(args=["fit", *arguments]))
+
+
+def _plain(fit: AdaptiveMergeCLI) -> dict[str, Any]:
+    return json.loads(json.dumps(scrub(fit.settings.as_dict()), default=str))
 
 
 def _finished(folder: Path, wanted: Mapping[str, Any]) -> bool:

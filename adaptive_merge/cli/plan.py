@@ -87,7 +87,7 @@ class _Outline(AdaptiveMergeCLI):
         settings = self.settings
         check_trainer(settings.trainer)
         check_names(self.folder.parts[1:], "folder of a run", "--run.name")
-        check_name(settings.run.root, settings.run.name or settings.model.recipe)
+        check_name(settings.run.root, self.run_name)
         check_writable(self.folder)
         claim(Journal(self.folder), settings.run.if_exists, settings.ckpt_path)
         self.checks = check_suite(settings.suite.name, tasks=settings.suite.tasks)

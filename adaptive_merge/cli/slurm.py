@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,9 @@ _OPTIONS: Final = {
     "cpus": "cpus-per-task",
 }
 # What requeueing and the processes' places depend on.
-_OURS: Final = ("array", "error", "gpus-per-task", "job-name", "ntasks", "open-mode", "output", "requeue", "signal")
+_OURS: Final = (
+    *("array", "chdir", "error", "gpus-per-task", "job-name", "ntasks", "open-mode", "output", "requeue", "signal"),
+)
 
 
 @dataclass
@@ -134,7 +137,8 @@ def batch_script(
     if name in INTERACTIVE:
         raise InputError(f"--run.name {name}: a job of this name would not be run as one of SLURM's; choose another")
     output = folder / ("slurm-%A_%a.out" if array else "slurm-%j.out")
-    directives = [f"job-name={_word(name, 'name')}", *slurm.directives(), f"output={_word(str(output), 'root')}"]
+    places = [f"chdir={_word(os.getcwd(), 'here')}", f"output={_word(str(output), 'root')}"]
+    directives = [f"job-name={_word(name, 'name')}", *slurm.directives(), *places]
     if array:
         directives.append(f"array={_ranges(pending)}{f'%{slurm.limit}' if slurm.limit else ''}")
     lines = [
@@ -148,9 +152,10 @@ def batch_script(
         *(f"export {key}={shlex.quote(_line(str(value)))}" for key, value in slurm.environment.items()),
         *(_line(one) for one in slurm.lines),
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
+        'export SRUN_CPUS_PER_TASK="$OMP_NUM_THREADS"',  # srun does not look at what the job was given
         *([f"export {VARIABLE}={shlex.quote(','.join(packages))}"] if (packages := open_packages()) else []),
         *_choose(arguments, array),
-        f'printf "{STARTED}\\n" "$(hostname)" "${{SLURM_RESTART_COUNT:-0}}"',
+        f'printf "{STARTED}\\n" "$(hostname)" "${{SLURM_RESTART_COUNT:-0}}" "$run"',
         *_run(slurm.container, "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if array else "$SLURM_JOB_ID"),
     ]
     return "\n".join(lines) + "\n"
@@ -159,16 +164,23 @@ def batch_script(
 def _choose(arguments: Mapping[int, Sequence[str]], array: bool) -> Iterator[str]:
     """Lines that set what `fit` is given."""
     if not array:
-        yield f"set -- {shlex.join(map(_line, arguments[0]))}"
+        yield _set(arguments[0])
         return
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
-    yield from (f"  {number}) set -- {shlex.join(map(_line, own))} ;;" for number, own in arguments.items())
+    yield from (f"  {number}) {_set(own)} ;;" for number, own in arguments.items())
     yield "  *) echo \"there is no cell '$SLURM_ARRAY_TASK_ID' in this array\" >&2 && exit 2 ;;"
     yield "esac"
 
 
+def _set(arguments: Sequence[str]) -> str:
+    name = next((one.partition("=")[2] for one in arguments if one.startswith("--run.name=")), "")
+    return f"run={shlex.quote(name)}; set -- {shlex.join(map(_line, arguments))}"
+
+
 def _run(container: str | None, job: str) -> Iterator[str]:
-    words = ["srun --kill-on-bad-exit=1", *([_line(container)] if container else []), 'adaptive-merge fit "$@"']
+    # In a container the code of srun has to be the run's, so processes that leave are not killed by the first one.
+    srun = "srun --kill-on-bad-exit=0 --wait=60" if container else "srun --kill-on-bad-exit=1"
+    words = [srun, *([_line(container)] if container else []), 'adaptive-merge fit "$@"']
     own = '--trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.num_nodes "$SLURM_NNODES"'
     if not container:
         yield f"exec {' '.join(words)} \\\n  {own}"
@@ -196,7 +208,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _word(value: object, name: str) -> str:
     if not re.fullmatch(r"[^\s\"'\\#]+", str(value)):
-        where = f"--run.{name}" if name in ("name", "root") else f"--slurm.{name}"
+        where = f"--run.{name}" if name in ("name", "root") else "the folder" if name == "here" else f"--slurm.{name}"
         raise InputError(f"{where} {value!r}: sbatch takes no spaces, quotes, backslashes or # there; choose another")
     return str(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adaptive_merge.cli.grid import Trial, parse_grid, plan, settings_of, without
+from adaptive_merge.cli.grid import Trial, parse_grid, plan, without
 from adaptive_merge.cli.parser import Parser, write
 from adaptive_merge.cli.slurm import HEADER, Slurm, batch_script
 from adaptive_merge.errors import InputError, printable
@@ -61,7 +62,12 @@ def _submit(varied: Sequence[str], rest: Sequence[str], dry: bool) -> None:
     _check_secrets(rest)
     grid = parse_grid(varied, ranked=False)
     folder, trials = plan(grid, rest, "array")
-    settings = settings_of(trials[0].arguments)
+    asked = trials[0].settings["slurm"]
+    if other := next((trial.name for trial in trials if trial.settings["slurm"] != asked), None):
+        raise InputError(
+            f"slurm: {other} asks for something else than {trials[0].name}, and an array is one job; submit them "
+            "apart, or give --slurm.KEY for all"
+        )
     if any("--run.if_exists=overwrite" in trial.arguments for trial in trials):
         raise InputError("--run.if_exists overwrite: each start of the job would begin anew; remove the folder instead")
     waiting = [number for number, trial in enumerate(trials) if trial.pending and not holder(trial.folder / ".lock")]
@@ -69,7 +75,7 @@ def _submit(varied: Sequence[str], rest: Sequence[str], dry: bool) -> None:
         write(f"nothing to submit: of {len(trials)}, all are finished or running in {folder}")
         return
     cells = {number: without(trial.arguments, ["slurm"]) for number, trial in enumerate(trials)}
-    text = batch_script(Slurm(**settings["slurm"]), folder, cells, waiting if grid else None)
+    text = batch_script(Slurm(**asked), folder, cells, waiting if grid else None)
     if dry:
         sys.stdout.write(text)
         return
@@ -122,5 +128,7 @@ def _show(folder: Path) -> None:
     write(f"{len(cells)} cells: " + ", ".join(f"{count[state]} {state}" for state in STATES if count[state]))
     left = [cell.number for cell in cells if cell.state in ("failed", "missing")]
     if left:
-        array = f"--array={','.join(map(str, left))} " if len(cells) > 1 else ""
-        write(f"to start what failed or is missing: sbatch {array}{shlex.quote(str(folder / _SCRIPT))}")
+        script = folder / _SCRIPT
+        limit = re.search(r"^#SBATCH --array=\S*?(%\d+)$", script.read_text(errors="replace"), re.MULTILINE)
+        array = f"--array={','.join(map(str, left))}{limit[1] if limit else ''} " if len(cells) > 1 else ""
+        write(f"to start what failed or is missing: sbatch {array}{shlex.quote(str(script))}")

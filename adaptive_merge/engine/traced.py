@@ -91,12 +91,13 @@ def traced(
     """
     with upstream.shapes_alone(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _hollow(module.train())
-        batch = {task: _batch(count, image) for task, count in sizes.items()}
+        largest = sorted(sizes.items(), key=lambda one: -one[1])
+        batch = {task: _batch(count, image) for task, count in largest}
         step, joint, exact = 0, False, True
         for stage in module.stages if module.learned else ():
             objective = module.enter(stage)
             joint = module.joins(objective, batch, processes)
-            part = batch if joint else dict(list(batch.items())[:2])  # a third task takes no more than the second
+            part = batch if joint else dict(list(batch.items())[:2])  # a smaller third takes no more than these
             peak, own = _step(module, objective, part, joint)
             step, exact = max(step, peak), exact and own
         return Trace(step, _evaluation(module, next(iter(sizes)), scored, image), joint, exact)

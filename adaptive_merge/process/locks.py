@@ -55,7 +55,7 @@ def locked(stem: Path, what: str, wait: bool = False, else_: str = "another --ru
         StorageError: no file can be made there.
     """
     try:
-        own = _patient(stem, what, else_) if wait else _take(stem, what, else_)
+        own = _patient(stem, what, else_) if wait else _take(stem, what, else_, attempts=True)
     except OSError as error:
         raise _unwritable(stem, error) from error
     process = os.getpid()
@@ -127,18 +127,24 @@ def _patient(stem: Path, what: str, else_: str) -> Path:
         try:
             return _take(stem, what, else_)
         except LockedError:
-            if _far(holder(stem) or {}):
+            newest = _newest(stem)
+            if newest and _far(_read(newest[1]) or {}):
                 raise
             time.sleep(_LOOK_EVERY)
 
 
-def _take(stem: Path, what: str, else_: str) -> Path:
+def _take(stem: Path, what: str, else_: str, attempts: bool = False) -> Path:
+    """Make the next lock.
+
+    Args:
+        attempts: whether one process of a job takes it, so that another one of the same job is an earlier attempt's.
+    """
     draft = stem.with_name(f"{stem.name}.partial-{os.getpid()}")
     try:
         draft.write_text(json.dumps(_ourselves()))
         for _ in range(_TRIES):
             number, path = _newest(stem) or (0, None)
-            if path is not None and (content := _settled(path)) is not None and not _gone(content):
+            if path is not None and (content := _settled(path)) is not None and not _gone(content, attempts):
                 raise LockedError(_told(content, path, what, else_))
             own = stem.with_name(f"{stem.name}.{number + 1}")
             if _made(draft, own) and _undisputed(stem, own, path):
@@ -210,6 +216,7 @@ def _ourselves() -> dict[str, Any]:
         "process": os.getpid(),
         "started": _started(os.getpid()),
         **_job(),
+        "cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
 
@@ -222,15 +229,17 @@ def _job() -> dict[str, str]:
     return {"job": job, "restart": f"{socket.gethostname()} {_link('/proc/self/ns/pid')}" if job else "0"}
 
 
-def _gone(content: dict[str, Any]) -> bool:
+def _gone(content: dict[str, Any], attempts: bool = True) -> bool:
     """Whether whoever wrote this certainly runs no more."""
     us, process = _ourselves(), content.get("process")
     if not isinstance(process, int):
         return True  # damaged
-    if us["job"] and content.get("job") == us["job"] and content.get("restart") != us["restart"]:
+    # SLURM counts attempts for all nodes of a job; elsewhere another host may be another attempt or another node.
+    known = attempts or "SLURM_JOB_ID" in os.environ
+    if known and us["job"] and content.get("job") == us["job"] and content.get("restart") != us["restart"]:
         return True  # the same job was started again: what ran before is over
     if content.get("host") != us["host"]:
-        return _left_queue(str(content.get("job", "")))
+        return _left_queue(str(content.get("job", "")), content.get("cluster", "") == us["cluster"])
     if content.get("boot") != us["boot"]:
         return True  # the machine has been started since
     if content.get("space") != us["space"]:
@@ -238,8 +247,13 @@ def _gone(content: dict[str, Any]) -> bool:
     return not alive(process) or _started(process) != content.get("started")
 
 
-def _left_queue(job: str) -> bool:
-    """Whether SLURM knows of a job that it is over; False where there is no SLURM to ask, or it does not answer."""
+def _left_queue(job: str, ours: bool) -> bool:
+    """Whether SLURM knows of a job that it is over; False where there is no SLURM to ask, or it does not answer.
+
+    Args:
+        job: its id.
+        ours: whether it is of the cluster that is asked, as far as can be told.
+    """
     squeue = shutil.which("squeue")
     if squeue is None or not job.isdigit():
         return False
@@ -250,7 +264,7 @@ def _left_queue(job: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     # Of a job that ended long ago nothing is known any more, and that is an error.
-    return not told.stdout.strip() if told.returncode == 0 else "Invalid job id" in told.stderr
+    return ours and (not told.stdout.strip() if told.returncode == 0 else "Invalid job id" in told.stderr)
 
 
 def _far(content: dict[str, Any]) -> bool:

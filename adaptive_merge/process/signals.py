@@ -201,7 +201,11 @@ def _requeue(job: str) -> bool:
     if command is None:
         _log.warning("SLURM job %s is not requeued: there is no scontrol here", job)
         return False
-    ended = subprocess.run([command, "requeue", job], check=False, timeout=60, capture_output=True, text=True)
+    try:
+        ended = subprocess.run([command, "requeue", job], check=False, timeout=60, capture_output=True, text=True)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _log.warning("SLURM job %s is not requeued: %s", job, error)
+        return False
     if ended.returncode:
         _log.warning("scontrol requeue %s ended with %d: %s", job, ended.returncode, ended.stderr.strip())
     return ended.returncode == 0

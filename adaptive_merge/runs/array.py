@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,18 @@ from adaptive_merge.errors import InputError, MissingFileError
 from adaptive_merge.files import save_json
 from adaptive_merge.limits import read_json
 from adaptive_merge.process.locks import holder
+from adaptive_merge.process.signals import EXIT_REQUEUE
 from adaptive_merge.runs.journal import Journal
 
 __all__ = ["ARRAY", "STARTED", "STATES", "Cell", "last_words", "read_array", "save_array"]
 
 ARRAY: Final = "array.json"
 SCHEMA: Final = 1
-STARTED: Final = "== adaptive-merge on %s, start %s =="
-"""What a job says first, with host and number of the start."""
+STARTED: Final = "== adaptive-merge on %s, start %s, run %s =="
+"""What a job says first, with host, number of the start, and name of the run's folder."""
 STATES: Final = ("finished", "running", "stopped", "failed", "missing")
-_STOPPED: Final = "told to stop"  # as `cli.stopped` says it
+_STOPPED: Final = re.compile(rf"told to stop.*\(exit code {EXIT_REQUEUE}\)")  # as `cli.stopped` says it
+_MARK: Final = re.compile(re.escape(STARTED).replace("%s", "(.*)") + "\n?")
 
 
 @dataclass(frozen=True)
@@ -55,33 +58,33 @@ def read_array(folder: str | Path) -> list[Cell]:
             raise ValueError
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path}: not a list of cells as `submit` writes it; submit the array once more") from error
-    return [_cell(number, name, path.parent, place) for number, (name, place) in enumerate(cells)]
+    logs = sorted(path.parent.glob("slurm-*.out"), key=lambda log: log.stat().st_mtime, reverse=True)
+    said = [(log.name, log.read_text(errors="replace")) for log in logs]
+    return [_cell(number, name, path.parent / place, said) for number, (name, place) in enumerate(cells)]
 
 
-def _cell(number: int, name: str, array: Path, place: str) -> Cell:
-    folder = array / place
+def _cell(number: int, name: str, folder: Path, logs: Sequence[tuple[str, str]]) -> Cell:
     if running := holder(folder / ".lock"):
         note = f"process {running.get('process')} on {running.get('host')}, since {running.get('since')}"
         return Cell(number, name, folder, "running", note)
     if (folder / "results.json").is_file():
         return Cell(number, name, folder, "finished")
-    log = _log(array, number)
+    log = next((text for log, text in logs if _of_run(folder.name, number, log, text)), None)
     if log is None:
         begun = bool(Journal(folder).files)
         return Cell(number, name, folder, "stopped" if begun else "missing", "" if begun else "never started")
-    _, mark, told = log.rpartition(STARTED.partition("%s")[0])
-    host, _, said = told.partition(",")
-    said = said.partition("\n")[2] if mark else log
+    *_, last = [None, *_MARK.finditer(log)]
+    said = log[last.end() :] if last else log
     if not said.strip():
-        return Cell(number, name, folder, "running", f"starting on {host}" if mark else "starting")
+        return Cell(number, name, folder, "running", f"starting on {last[1]}" if last else "starting")
     words = last_words(said)
-    return Cell(number, name, folder, "stopped" if words.startswith(_STOPPED) else "failed", words)
+    return Cell(number, name, folder, "stopped" if _STOPPED.match(words) else "failed", words)
 
 
-def _log(array: Path, number: int) -> str | None:
-    """What the newest job of a cell has said."""
-    logs = [*array.glob(f"slurm-*_{number}.out"), *(path for path in array.glob("slurm-*.out") if "_" not in path.name)]
-    return max(logs, key=lambda path: path.stat().st_mtime).read_text(errors="replace") if logs else None
+def _of_run(run: str, number: int, log: str, text: str) -> bool:
+    """Whether a log is of a run: what it says of itself counts, for numbers change with the array."""
+    marks = _MARK.findall(text)
+    return marks[-1][2] == run if marks else log.endswith(f"_{number}.out") or "_" not in log
 
 
 def last_words(log: str) -> str:

@@ -68,7 +68,7 @@ def test_a_dry_run_prints_the_script_of_an_array_and_writes_nothing(work, capsys
         assert f"#SBATCH --{line}\n" in script
     assert "gpus" not in script
     cell = next(line for line in script.splitlines() if line.startswith("  1) "))
-    found = shlex.split(cell.removeprefix("  1) set -- ").removesuffix(" ;;"))
+    found = shlex.split(cell.removeprefix(f"  1) run={CELL}; set -- ").removesuffix(" ;;"))
     assert found == [
         *("--config=quick.yaml", "--seed_everything=1", "--model.lr=0.01"),
         *("--run.root=runs/sweep", f"--run.name={CELL}", "--run.if_exists=resume"),
@@ -97,7 +97,7 @@ def test_every_setting_reaches_a_script_that_shells_accept(tmp_path):
         assert f"#SBATCH --{line}\n" in script
     assert "--reservation=spring" in script and "x11" not in script
     assert "export A='two words $HOME'\nexport B=1\nsource ~/merge/bin/activate\n" in script
-    assert "srun --kill-on-bad-exit=1 apptainer exec --nv merge.sif adaptive-merge fit" in script
+    assert "srun --kill-on-bad-exit=0 --wait=60 apptainer exec --nv merge.sif adaptive-merge fit" in script
 
 
 @pytest.mark.parametrize(
@@ -233,16 +233,16 @@ def test_inside_of_it_a_run_leaves_with_the_code_alone(monkeypatch):
 def test_status_tells_the_states_apart(tmp_path, capsys):
     names = ("done", "busy", "starting", "stopped", "failed", "killed", "missing")
     save_array(tmp_path, [(f"lr={name}", name) for name in names])
-    mark = STARTED % ("node7", 0)
+    mark = [STARTED % ("node7", 0, name) for name in names]
     said = {
-        2: f"old words\n{mark}\n",
-        3: f"{mark}\nadaptive-merge: told to stop: nothing was saved yet (exit code 75)\nsrun: error: node7: 75\n",
-        4: f"{mark}\nadaptive-merge: told to stop\n{mark}\nadaptive-merge: no [such] file\nsrun: error: task 0\n",
-        5: f"{mark}\nslurmstepd: error: *** JOB 1 CANCELLED DUE TO TIME LIMIT ***\n",
+        2: f"old words\n{mark[2]}\n",
+        3: f"{mark[3]}\nadaptive-merge: told to stop: nothing was saved yet (exit code 75)\nsrun: error: node7: 75\n",
+        4: f"{mark[4]}\nadaptive-merge: told to stop\n{mark[4]}\nadaptive-merge: no [such] file\nsrun: error: task 0\n",
+        5: f"{mark[5]}\nslurmstepd: error: *** JOB 1 CANCELLED DUE TO TIME LIMIT ***\n",
     }
     for number, words in said.items():
         (tmp_path / f"slurm-9_{number}.out").write_text(words)
-    (tmp_path / "slurm-8_4.out").write_text(mark)
+    (tmp_path / "slurm-8_4.out").write_text(mark[4])
     os.utime(tmp_path / "slurm-8_4.out", (0, 0))
     for name in ("done", "busy"):
         (tmp_path / name).mkdir()
@@ -259,10 +259,45 @@ def test_status_tells_the_states_apart(tmp_path, capsys):
         "missing",
     ]
     assert cells[2].note == "starting on node7" and cells[4].note == "no [such] file" and "TIME LIMIT" in cells[5].note
+    (tmp_path / "submit.sh").write_text("#SBATCH --array=0-6%2\n")
     assert main(["submit", "--status", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "7 cells: 1 finished, 2 running, 1 stopped, 2 failed, 1 missing" in told and "no [such] file" in told
-    assert f"sbatch --array=4,5,6 {tmp_path}/submit.sh" in told
+    assert f"sbatch --array=4,5,6%2 {tmp_path}/submit.sh" in told
+
+
+def test_a_log_is_of_the_run_that_it_names(tmp_path):
+    (tmp_path / "slurm-9_0.out").write_text(f"{STARTED % ('node7', 0, 'seed=0')}\nCUDA out of memory\n")
+    (tmp_path / "slurm-9_3.out").write_text("no module cuda/12.4\n")
+    save_array(tmp_path, [(name, name) for name in ("seed=5", "seed=0", "seed=1", "seed=2")])
+    assert [(cell.state, cell.note) for cell in read_array(tmp_path)] == [
+        ("missing", "never started"),
+        ("failed", "CUDA out of memory"),
+        ("missing", "never started"),
+        ("failed", "no module cuda/12.4"),
+    ]
+
+
+def test_a_job_that_was_cancelled_does_not_come_back_by_itself(tmp_path):
+    save_array(tmp_path, [("a", "a")])
+    said = "adaptive-merge: told to stop: what it learned is in last.ckpt; resume goes on from it (exit code 143)\n"
+    (tmp_path / "slurm-9_0.out").write_text(f"{STARTED % ('node7', 0, 'a')}\n{said}")
+    assert [cell.state for cell in read_array(tmp_path)] == ["failed"]
+
+
+def test_cells_that_ask_for_other_machines_are_no_array(work, capsys):
+    text = (work / "quick.yaml").read_text()
+    (work / "other.yaml").write_text(text.replace("gpus: 0", "gpus: 4"))
+    assert main(["submit", "--recipes", "quick.yaml,other.yaml", "--run.name", "two", "--dry-run"]) == 2
+    assert "slurm: config=other.yaml asks for something else than config=quick.yaml" in capsys.readouterr().err
+    printed(capsys, ["submit", "--recipes", "quick.yaml,other.yaml", "--slurm.gpus=2", "--run.name=two", "--dry-run"])
+
+
+def test_a_run_has_the_name_that_fit_would_give_it(work, capsys):
+    script = printed(capsys, ["submit", "--config", "quick.yaml", "--data.protocol", "Holdout", "--dry-run"])
+    assert "--run.name=quick-holdout " in script and f"#SBATCH --chdir={work}\n" in script
+    arguments = ["submit", "--config", "quick.yaml", "--seeds", "0", "--data.protocol", "Holdout", "--dry-run"]
+    assert "--run.root=runs/quick-holdout-array " in printed(capsys, arguments)
 
 
 def test_a_folder_without_an_array_has_no_status(tmp_path, capsys):

@@ -87,7 +87,7 @@ def strange_tensor(tensor: torch.Tensor, draw: random.Random) -> torch.Tensor:
         return torch.zeros([0] * tensor.dim())
     if kind == 4:
         return torch.zeros(())
-    return torch.full_like(tensor, draw.choice((float("nan"), float("inf"))))
+    return torch.full(tensor.shape, draw.choice((float("nan"), float("inf"))))  # of integers too
 
 
 def change_state(state: dict[str, torch.Tensor], draw: random.Random) -> dict[str, torch.Tensor]:

@@ -128,6 +128,8 @@ def test_a_named_job_takes_over_from_its_last_attempt_elsewhere(tmp_path, monkey
     with pytest.raises(LockedError), locked(tmp_path / ".lock", "the folder"):
         pass
     (tmp_path / ".lock.1").write_text(json.dumps(elsewhere))
+    with pytest.raises(LockedError), locked(tmp_path / ".lock", "a cache", wait=True):
+        pass  # what nodes of one attempt share is not taken from the other node
     with locked(tmp_path / ".lock", "the folder"):
         pass
 
@@ -147,6 +149,9 @@ def test_a_lock_of_a_job_that_slurm_has_ended_stops_nobody(tmp_path, monkeypatch
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / ".lock.1").write_text(json.dumps(locks._ourselves() | {"host": "elsewhere", "job": "4711"}))
     assert (holder(tmp_path / ".lock") is None) == free
+    theirs = {"host": "elsewhere", "job": "4711", "cluster": "another"}
+    (tmp_path / ".lock.1").write_text(json.dumps(locks._ourselves() | theirs))
+    assert holder(tmp_path / ".lock"), "this SLURM does not know another's jobs"
     (tmp_path / ".lock.1").write_text(json.dumps(locks._ourselves() | {"host": "elsewhere"}))
     assert holder(tmp_path / ".lock"), "of what was no job SLURM cannot know"
 
