@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from adaptive_merge import transforms as package
 from adaptive_merge.engine import identity
 from adaptive_merge.errors import InputError
-from adaptive_merge.merge.bank_file import kept_file
+from adaptive_merge.merge.bank_file import code_of, kept_file
 from adaptive_merge.merge.outline import is_outline
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.transforms.base import Transform
@@ -89,10 +88,7 @@ def _identity(bank: TaskVectors, transforms: Sequence[Any]) -> str:
     parts: dict[str, Any] = {"experts": bank.fingerprint, "blocks": bank.layout.pattern}
     for number, transform in enumerate(transforms, 1):
         parts |= identity.of_part(f"transform {number}", transform, _NESTED)
-    source = hashlib.sha256()
-    for path in sorted(Path(package.__path__[0]).glob("*.py")):
-        source.update(path.read_bytes())
-    return json.dumps(parts | {"source": source.hexdigest()})
+    return json.dumps(parts | {"source": code_of(package)})
 
 
 def _apply(bank: TaskVectors, transforms: Sequence[Any]) -> TaskVectors:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from adaptive_merge.errors import InputError
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.process.locks import LockedError, in_turn
 
-__all__ = ["kept_bank", "kept_file"]
+__all__ = ["code_of", "kept_bank", "kept_file", "written_bank"]
 
 _ANEW = "remove it, and the next run writes it anew"
 
@@ -24,11 +26,36 @@ def kept_bank(bank: TaskVectors, folder: str | Path) -> TaskVectors:
     Raises:
         InputError: the file is damaged, or holds another bank than its name says.
     """
-    path = Path(folder) / f"bank-{bank.fingerprint}.safetensors"
-    mapped = kept_file(path, lambda: bank)
-    if mapped.fingerprint != bank.fingerprint:
+    path = _named(folder, bank.fingerprint)
+    return _checked(kept_file(path, lambda: bank), path, bank.fingerprint)
+
+
+def written_bank(fingerprint: str, folder: str | Path) -> TaskVectors | None:
+    """What `kept_bank` has written into `folder` of the bank with this fingerprint; None where it has not.
+
+    Raises:
+        InputError: as in `kept_bank`.
+    """
+    path = _named(folder, fingerprint)
+    return _checked(_mapped(path), path, fingerprint) if path.is_file() else None
+
+
+def code_of(package: ModuleType) -> str:
+    """sha256 of the Python files of a package: what it makes of the same files may change with them."""
+    source = hashlib.sha256()
+    for path in sorted(Path(package.__path__[0]).glob("*.py")):
+        source.update(path.read_bytes())
+    return source.hexdigest()
+
+
+def _named(folder: str | Path, fingerprint: str) -> Path:
+    return Path(folder) / f"bank-{fingerprint}.safetensors"
+
+
+def _checked(mapped: TaskVectors, path: Path, fingerprint: str) -> TaskVectors:
+    if mapped.fingerprint != fingerprint:
         raise InputError(f"{path}: it holds another bank than its name says; {_ANEW}")
-    mapped.folder = Path(folder)
+    mapped.folder = path.parent
     return mapped
 
 
@@ -54,10 +81,14 @@ def kept_file(path: Path, make: Callable[[], TaskVectors], made_of: str = "") ->
                     make().save(path, made_of)
         except LockedError:  # on another node, and the file system has no locks: both make it, and one's is kept
             make().save(path, made_of)
-    try:
-        mapped = TaskVectors.load(path)
-    except InputError as error:
-        raise InputError(f"{error}; or {_ANEW}") from error
+    mapped = _mapped(path)
     if mapped.made_of != made_of:
         raise InputError(f"{path}: it holds another bank than its name says; {_ANEW}")
     return mapped
+
+
+def _mapped(path: Path) -> TaskVectors:
+    try:
+        return TaskVectors.load(path)
+    except InputError as error:
+        raise InputError(f"{error}; or {_ANEW}") from error

@@ -26,6 +26,7 @@ def load_clip_folder(
     split: str,
     dtype: str = "float32",
     lazy: bool = False,
+    banks: str | None = None,
 ) -> Suite:
     """What `load_suite` gives for a folder whose `suite.json` says `"kind": "clip"`.
 
@@ -35,12 +36,12 @@ def load_clip_folder(
         tasks: some of its tasks, in this order; default all.
         split: `"test"`; CLIP suites have no other.
         dtype: of the task vectors; `"bfloat16"` here or as `bank` in the manifest.
-        lazy: see `load_clip_suite`.
+        lazy, banks: see `load_clip_suite`.
     """
     if split != "test":
         raise InputError(f"{folder / 'suite.json'}: a CLIP suite has test images only, no split {split!r}")
     suite = read_clip_suite(folder, manifest, tasks)
-    return load_clip_suite(suite if dtype == "float32" else dataclasses.replace(suite, bank=dtype), lazy)
+    return load_clip_suite(suite if dtype == "float32" else dataclasses.replace(suite, bank=dtype), lazy, banks)
 
 
 def read_clip_suite(folder: Path, manifest: dict[str, Any], tasks: list[str] | None = None) -> ClipSuite:

@@ -21,6 +21,7 @@ from adaptive_merge.merge.factors import Change
 from adaptive_merge.merge.task_vectors import BANK_DTYPES, TaskVectors
 from adaptive_merge.suites.base import Experts, Suite
 from adaptive_merge.suites.clip_tasks import Sizes, open_clip_task, open_folder_task
+from adaptive_merge.suites.shared_bank import shared_bank
 from adaptive_merge.weights import Manifest, check_agreement, read_head, read_weights
 from adaptive_merge.weights.clip import build_tower, read_architecture
 from adaptive_merge.weights.headers import without_numbers
@@ -104,12 +105,13 @@ class ClipSuite:
         return None if self.heads is None else _of_task(self.heads, task, "heads")
 
 
-def load_clip_suite(suite: ClipSuite, lazy: bool = False) -> Suite:
+def load_clip_suite(suite: ClipSuite, lazy: bool = False, banks: str | None = None) -> Suite:
     """Read, check and join everything. What is cheap to check comes first, decoding images last.
 
     Args:
         suite: what it is made of.
         lazy: look for a task's data set when its images are first asked for; zero-shot heads need its class names.
+        banks: folder of the file that holds the bank, see `shared_bank`; default: in this process's memory.
 
     Raises:
         MissingFileError, InputError: naming the file, the tensor or the folder, what was expected and found.
@@ -120,14 +122,19 @@ def load_clip_suite(suite: ClipSuite, lazy: bool = False) -> Suite:
     pretrained, backbone = read_pretrained(suite, architecture)
     heads = _heads(suite, sources, architecture)
 
-    notes = {suite.pretrained: pretrained.manifest.notes}
+    def build() -> tuple[TaskVectors, Mapping[str, Sequence[str]]]:
+        notes = {suite.pretrained: pretrained.manifest.notes}
 
-    def expert(task: str) -> Weights:
-        weights = read_expert(suite, task, pretrained, architecture)
-        notes[suite.expert_path(task)] = weights.manifest.notes
-        return weights
+        def expert(task: str) -> Weights:
+            weights = read_expert(suite, task, pretrained, architecture)
+            notes[suite.expert_path(task)] = weights.manifest.notes
+            return weights
 
-    bank = _bank(suite, pretrained.tensors, expert)
+        return _bank(suite, pretrained.tensors, expert), notes
+
+    checkpoints = [suite.pretrained, *(suite.expert_path(task) for task in suite.tasks)]
+    settings = [architecture.quick_gelu, suite.projection, suite.bank, suite.tasks]
+    bank, notes = shared_bank(banks, checkpoints, settings, build)
     size = architecture.image_size
     images = LazyImages({task: partial(_images, suite, task, sources.get(task), size, heads) for task in suite.tasks})
     _tell(notes)

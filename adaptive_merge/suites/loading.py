@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,13 @@ from adaptive_merge.data.trigger import Trigger
 from adaptive_merge.errors import InputError, MissingFileError, check_normalisation
 from adaptive_merge.files import shipped
 from adaptive_merge.limits import ARRAY_BYTES, LimitError, check_header, check_names, read_json
-from adaptive_merge.merge.bank_file import kept_bank
 from adaptive_merge.merge.outline import outlined
 from adaptive_merge.merge.signature import warn_of_locks
 from adaptive_merge.merge.task_vectors import TaskVectors
 from adaptive_merge.suites.base import Experts, Suite
 from adaptive_merge.suites.clip_folder import KIND, chosen_tasks, load_clip_folder
 from adaptive_merge.suites.embedded_tower import build_encoder
+from adaptive_merge.suites.shared_bank import shared_bank
 from adaptive_merge.weights.headers import without_numbers
 from adaptive_merge.weights.manifest import triple
 
@@ -90,14 +91,15 @@ def load_suite(
         )
     if dtype not in get_args(BankDtype):
         raise InputError(f"unknown dtype {dtype!r} of a bank; choose {' or '.join(map(repr, get_args(BankDtype)))}")
+    banks = None if without_numbers() else banks
     if manifest.get("kind") == KIND:
-        suite = load_clip_folder(folder, manifest, tasks, split, dtype, lazy)
+        suite = load_clip_folder(folder, manifest, tasks, split, dtype, lazy, banks)
     else:
-        suite = _load_plain(name, folder, manifest, tasks, split, dtype, lazy)
+        suite = _load_plain(name, folder, manifest, tasks, split, dtype, lazy, banks)
     if without_numbers():
         return replace(suite, task_vectors=outlined(suite.task_vectors))
     warn_of_locks(suite.task_vectors)
-    return replace(suite, task_vectors=kept_bank(suite.task_vectors, banks)) if banks else suite
+    return suite
 
 
 def folder_of(name: str) -> Path:
@@ -110,7 +112,14 @@ def folder_of(name: str) -> Path:
 
 
 def _load_plain(
-    name: str, folder: Path, manifest: dict[str, Any], tasks: list[str] | None, split: str, dtype: str, lazy: bool
+    name: str,
+    folder: Path,
+    manifest: dict[str, Any],
+    tasks: list[str] | None,
+    split: str,
+    dtype: str,
+    lazy: bool,
+    banks: str | None,
 ) -> Suite:
     """A suite that is laid out like the embedded one."""
     check_manifest(folder / "suite.json", manifest)
@@ -121,11 +130,17 @@ def _load_plain(
     backbone.image_mean, backbone.image_std = tuple(manifest["mean"]), tuple(manifest["std"])
     pretrained = _in_order(backbone, _read_tensors(folder, "pretrained.safetensors", manifest), folder)
     heads = _read_tensors(folder, "heads.safetensors", manifest)
-    experts = Experts(chosen, lambda task: _read_tensors(folder, f"experts/{task}.safetensors", manifest))
-    try:
-        bank = TaskVectors.from_state_dicts(pretrained, experts, dtype=getattr(torch, dtype))
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from error
+    files = {task: f"experts/{task}.safetensors" for task in chosen}
+
+    def build() -> tuple[TaskVectors, Mapping[str, Any]]:
+        experts = Experts(chosen, lambda task: _read_tensors(folder, files[task], manifest))
+        try:
+            return TaskVectors.from_state_dicts(pretrained, experts, dtype=getattr(torch, dtype)), {}
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from error
+
+    sources = [str(folder / name) for name in ("suite.json", "pretrained.safetensors", *files.values())]
+    bank, _ = shared_bank(banks, sources, [chosen, dtype], build)
     images = LazyImages({task: partial(_read_images, folder, task, split, manifest) for task in chosen})
     heads = {task: _head(folder, heads, task, known[task]) for task in chosen}
     trigger = Trigger.read(manifest["trigger"], _sizes(known)) if "trigger" in manifest else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 
 import open_clip
 import pytest
@@ -118,6 +120,25 @@ def test_one_expert_is_read_at_a_time(suite, monkeypatch):
     monkeypatch.setattr(clip_suite, "read_weights", counting)
     load(suite())
     assert len(most) == 4 and max(most) <= 3  # the pre-trained one, the one just read, the one before it
+
+
+def test_a_bank_folder_keeps_what_experts_came_to_and_what_was_said_of_them(
+    suite, material, tmp_path, monkeypatch, caplog
+):
+    from adaptive_merge.suites import clip_suite
+
+    read, paths = clip_suite.read_weights, []
+    monkeypatch.setattr(clip_suite, "read_weights", lambda path, **own: paths.append(path) or read(path, **own))
+    for path in material[0].glob("*.pt"):
+        os.utime(path, (time.time() - 60,) * 2)
+    folder, found, said = suite(), [], []
+    for _ in range(2):
+        caplog.clear()
+        found.append(am.load_suite(str(folder), banks=str(tmp_path / "banks")))
+        said.append(caplog.messages)
+    assert len(paths) == 5 and paths[4] == paths[0] == str(material[0] / "pretrained.pt")
+    assert torch.equal(found[0].task_vectors.vectors, found[1].task_vectors.vectors)
+    assert said[0] == said[1] and {k: list(v) for k, v in found[0].notes.items()} == found[1].notes
 
 
 def test_published_heads_and_bfloat16(suite, material, tmp_path):
