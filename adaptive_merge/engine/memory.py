@@ -44,15 +44,14 @@ def activation_bytes(backbone: MergedBackbone, images: Tensor) -> int:
     weights = {name: value.detach().requires_grad_() for name, value in bank.layout.unflatten(flat).items()}
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        # Nothing is to come back, for there is no backward; and a graph that keeps its own outputs is never freed.
         storage = tensor.untyped_storage()
         kept[id(storage)] = storage  # which holds it: another one would be counted under its address
-        return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        features = backbone(images, weights)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+        backbone(images, weights)
     kept.pop(id(flat.untyped_storage()), None)
-    del features
     return sum(storage.nbytes() for storage in kept.values())
 
 

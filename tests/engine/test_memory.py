@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from fitting import fit
+from torch import nn
 
 import adaptive_merge as am
 from adaptive_merge.engine import memory
@@ -16,6 +19,34 @@ def test_activations_are_counted_once_and_without_weights(toy, bank):
     one, four = (memory.activation_bytes(backbone, torch.randn(images, 3, 4, 4)) for images in (1, 4))
     assert four == 4 * one and one > 48 * 4
     assert not bank.pretrained.requires_grad
+
+
+def alive():
+    """Tensors that anything still holds."""
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.fixture
+def squashed(toy):
+    """The toy with an activation whose backward needs its output, as attention's does."""
+    toy.blocks[0][2] = nn.Tanh()
+    return toy
+
+
+def test_counting_activations_keeps_none(squashed, bank):
+    backbone, images = am.MergedBackbone(squashed, bank, am.LayerWise()), torch.randn(1, 3, 4, 4)
+    before = alive()
+    memory.activation_bytes(backbone, images)
+    assert alive() == before
+
+
+def test_runs_in_one_process_leave_nothing_behind(squashed, bank, heads, images):
+    left = []
+    for _ in range(3):
+        fit(am.AdaMerging(bank, squashed, heads), images, steps=2)
+        left.append(alive())
+    assert left[1] == left[2]
 
 
 def test_a_machine_has_memory():
