@@ -30,12 +30,19 @@ def combine(bank: TaskVectors, coefficients: Tensor, group_of: Sequence[int], ou
         out: a buffer [P] to write to. On a CPU a new one costs more than the merge: its pages fault one by one.
     """
     merged = torch.empty_like(bank.pretrained) if out is None else out
-    weights = coefficients.to(bank.pretrained)
+    weights = coefficients.T.to(bank.pretrained).contiguous()
     for group, part in _runs(bank, group_of):
         for piece in _pieces(bank, part):
-            columns = bank.vectors[:, piece].float()
-            torch.addmv(bank.pretrained[piece], columns.T, weights[:, group], out=merged[piece])
+            _add(bank.pretrained[piece], weights[group], bank.vectors[:, piece].float(), merged[piece])
     return merged
+
+
+def _add(base: Tensor, weights: Tensor, rows: Tensor, out: Tensor) -> None:
+    """base [n] + weights [T] · rows [T, n]."""
+    if rows.device.type == "cpu":  # a row times a matrix takes 0.8 times as long as its transpose times a column
+        torch.addmm(base[None], weights[None], rows, out=out[None])
+    else:  # a product of matrices would be rounded to TF32 where the user allows that
+        torch.addmv(base, rows.T, weights, out=out)
 
 
 @torch.no_grad()
