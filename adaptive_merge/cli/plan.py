@@ -40,6 +40,7 @@ _SHOWN: Final = {
     "activations": "activations",
     "exchange": "exchange",
     "state": "what learns, optimiser",
+    "rule": "what the rule keeps",
     "evaluation": "scoring, in its turn",
 }
 _HOST: Final = {
@@ -47,6 +48,7 @@ _HOST: Final = {
     "transformed": "bank of transforms",
     "start": "bank around a start",
     "loaded": "tower as loaded",
+    "initial": "state of the first merge",
     "images": "images",
     "outputs": "outputs of experts",
 }

@@ -140,7 +140,7 @@ class ConcreteMask(Rule):
     @torch.no_grad()
     def _settled_mask(self) -> Tensor:
         """The mask of the evaluation; kept until the logits change."""
-        key = (version_of(self.logits), self.logits.data_ptr(), self.logits.device)
+        key = (version_of(self.logits), id(self.logits), self.logits.device)
         if self._last is None or self._last[0] != key:
             if self.mask == "median":
                 value = self._normalised(0.0)
@@ -183,6 +183,11 @@ class ConcreteMask(Rule):
 
     def display(self) -> Tensor | None:
         return None if self.granularity == "fixed" else self.linear()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the mask of the evaluation."""
+        return self.logits.nbytes
 
     @property
     def learns(self) -> bool:

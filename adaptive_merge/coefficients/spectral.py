@@ -189,6 +189,13 @@ class Spectral(LayerWise):
         super().rebase(task_vectors)
         self._held = _Held(task_vectors, self._held.ranks, False)
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the SVDs of all matrices."""
+        shapes = self._held.bank.layout.shapes
+        numbers = sum(rank * (sum(shapes[member]) + 1) for member, rank in self._held.ranks.items())
+        return 4 * len(self.tasks) * numbers
+
     def _weights(self, coefficients: Tensor) -> Tensor:
         """What the vectors that are no matrices of blocks are weighed with, [T, G]."""
         if self.origin == "pretrained":

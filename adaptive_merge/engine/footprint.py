@@ -1,15 +1,17 @@
 """How much memory a run takes on a device and in its process's host memory, by placement of the bank: the formulas.
 
 With P parameters of the tower, T experts of b bytes a number, W processes, and the bytes S of a step and E of an
-evaluation that `traced` counts (θ, its gradient, activations, the expert that is asked):
+evaluation that `traced` counts (θ, its gradient, activations, the expert that is asked, gradients of what learns):
 
     bank       (T b + 4) P on a device where it is resident; two pieces of it, or a W-th, else
     exchange   4 P (1 + 1/W) of gradients and a slice of θ, of a sharded bank, once activations are gone
     state      12 bytes for each number that learns: itself and Adam's two moments
+    rule       what the merge's rule keeps: factors of the task vectors, a mask
     host       (T b + 4) P of the experts, T b P more where transforms make a bank of their own, (T b + 8) P where a
-               start does, 4 P of the tower as it was loaded, images that are not mapped, what frozen networks said of
-               them; what a start takes while it is solved is left out
-    total      bank + state + max(S, exchange + θ + ∂L/∂θ, E); where the device is the CPU, host + state + the same
+               start does, 4 P of the tower as it was loaded, the rule's state of the first merge, images that are not
+               mapped, what frozen networks said of them; what a start takes while it is solved is left out
+    total      bank + state + rule + max(S, exchange + θ + ∂L/∂θ, E); where the device is the CPU, host + state + rule
+               + the same, without the transforms' bank where a start has replaced it before the first step
 
 Held against measured peaks by tests/cli/test_plan.py.
 """
@@ -69,6 +71,7 @@ def footprint(
         "sharded": bank_bytes(merged) // processes,
     }[kind]
     state = _STATE * _NUMBER * sum(parameter.numel() for parameter in module.learned)
+    rule = module.coefficients.held_bytes
     gradients = tower if module.coefficients.learns else 0
     asks = any(stage.objective.needs_expert for stage in module.stages)
     towers = tower * (1 + (asks and bool(trace.step)))
@@ -81,6 +84,7 @@ def footprint(
         "activations": max(trace.step - towers - gradients, 0),
         "exchange": exchange,
         "state": state,
+        "rule": rule,
         "evaluation": trace.evaluation,
     }
     host = {
@@ -88,11 +92,15 @@ def footprint(
         "transformed": bank_bytes(merged) - tower if _is_another(module) else 0,
         "start": bank_bytes(merged) + tower if module.start is not None else 0,
         "loaded": tower,
+        "initial": sum(value.nbytes for value in module.views.initial),
         "images": sum(one.pixels.nbytes for one in images.values() if not isinstance(one, ListedImages)),
         "outputs": _outputs(module, images),
     }
-    peak = max(trace.step, towers + gradients + exchange, trace.evaluation)
-    return Footprint(device, host, state + peak + (sum(host.values()) if cpu else bank))
+    peak = state + rule + max(trace.step, towers + gradients + exchange, trace.evaluation)
+    if not cpu:
+        return Footprint(device, host, bank + peak)
+    replaced = 0 if module.start is None else host["transformed"]
+    return Footprint(device, host, sum(host.values()) - replaced + max(peak, replaced))
 
 
 def bank_bytes(bank: TaskVectors) -> int:

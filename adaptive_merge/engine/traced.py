@@ -1,14 +1,16 @@
 """What a step and an evaluation take beside the bank: run on tensors without numbers, while what is alive is counted.
 
 The step is the trainer's own (`Step`), on its own graph, so every method, adapter and objective counts for itself. Only
-where a step looks at numbers, as masks and maxima over tasks do, layer-wise coefficients and entropy stand in for it.
+where it looks at numbers, as masks and maxima over tasks do, layer-wise coefficients and entropy stand in for it.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class Trace:
         step: of a step; 0 where nothing learns.
         evaluation: of a batch that is scored, with the merge and an expert.
         joint: whether a step is one graph.
-        exact: whether the step itself was run, and not one that stands in for it.
+        exact: whether step and evaluation themselves were run, and nothing that stands in for them.
     """
 
     step: int
@@ -98,9 +100,12 @@ def traced(
             objective = module.enter(stage)
             joint = module.joins(objective, batch, processes)
             part = batch if joint else dict(list(batch.items())[:2])  # a smaller third takes no more than these
-            peak, own = _step(module, objective, part, joint)
-            step, exact = max(step, peak), exact and own
-        return Trace(step, _evaluation(module, next(iter(sizes)), scored, image), joint, exact)
+            own, other = (partial(_step, module, one, part, joint) for one in (objective, Entropy()))
+            peak, itself = _peak(module, own, other)
+            step, exact = max(step, peak), exact and itself
+        score = partial(_score, module, next(iter(sizes)), scored, image)
+        evaluation, itself = _peak(module, score, score)
+        return Trace(step, evaluation, joint, exact and itself)
 
 
 def _banks(module: AdaptiveMerge) -> list[Tensor]:
@@ -121,23 +126,23 @@ def _hollow(module: nn.Module) -> None:
                 setattr(part, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
 
 
-def _step(module: AdaptiveMerge, objective: Objective, batch: Batch, joint: bool) -> tuple[int, bool]:
-    """Bytes at the peak, and whether they are the step's own."""
+def _peak(module: AdaptiveMerge, work: Callable[[], None], instead: Callable[[], None]) -> tuple[int, bool]:
+    """Bytes at the peak of some work, and whether they are its own and not those of what stands in for it."""
     with _Alive(_banks(module)) as alive:
-        try:
-            _run(module, objective, batch, joint)
+        with suppress(RuntimeError):  # a number was looked at
+            work()
             return alive.peak, True
-        except RuntimeError:  # a number was looked at
-            gc.collect()
+        gc.collect()
         backbone = module.model.backbone
-        if backbone.coefficients.learns:
-            backbone.coefficients = LayerWise().bind(backbone.task_vectors)
-            _hollow(backbone.coefficients)
-        _run(module, Entropy(), batch, joint)
+        rule = backbone.coefficients
+        backbone.coefficients = LayerWise(trainable=rule.learns).bind(backbone.task_vectors)
+        _hollow(backbone.coefficients)
+        instead()
+        backbone.coefficients = rule
         return alive.peak, False
 
 
-def _run(module: AdaptiveMerge, objective: Objective, batch: Batch, joint: bool) -> None:
+def _step(module: AdaptiveMerge, objective: Objective, batch: Batch, joint: bool) -> None:
     views = module.views
     step = Step(
         module.model,
@@ -147,22 +152,26 @@ def _run(module: AdaptiveMerge, objective: Objective, batch: Batch, joint: bool)
         lambda value: value,
         owns=False,
     )
+    learning = [value for value in module.learned if value.requires_grad]
+    for value in learning:  # of the step before: the trainer lets go of them between loss and backward
+        value.grad = torch.empty_like(value)
     if joint:
-        step.joint().backward()
-        return
-    parts = {} if objective.needs_blocks else batch
-    step.per_task({task: views.features(task, part, None) for task, part in parts.items()}).backward()
+        loss = step.joint()
+    else:
+        parts = {} if objective.needs_blocks else batch
+        loss = step.per_task({task: views.features(task, part, None) for task, part in parts.items()})
+    for value in learning:
+        value.grad = None
+    loss.backward()
 
 
 @torch.no_grad()
-def _evaluation(module: AdaptiveMerge, task: str, count: int, image: tuple[int, ...]) -> int:
+def _score(module: AdaptiveMerge, task: str, count: int, image: tuple[int, ...]) -> None:
     module.eval()
     views = module.views
     views.release()
-    with _Alive(_banks(module)) as alive:
-        batch = _batch(count, image)
-        views.prepare("adapted")
-        prediction = module.model(task, batch["image"], views.weights("adapted", task))
-        views.expert(task, batch, None)
-        del prediction
-    return alive.peak
+    batch = _batch(count, image)
+    views.prepare("adapted")
+    prediction = module.model(task, batch["image"], views.weights("adapted", task))
+    views.expert(task, batch, None)
+    del prediction

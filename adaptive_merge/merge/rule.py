@@ -104,6 +104,11 @@ class Rule(nn.Module, ABC):
         """Bring stored values back into their bounds; called after each optimiser step."""
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes that it keeps on the device between merges, beside its parameters, once it has merged."""
+        return 0
+
+    @property
     def learns(self) -> bool:
         """Whether anything of it learns at the moment."""
         return any(parameter.requires_grad for parameter in self.parameters())
