@@ -24,7 +24,7 @@ SMALL = {
     "vision_cfg": {"image_size": 96, "layers": 12, "width": 384, "patch_size": 16, "head_width": 64},
 }
 
-TINY = SMALL | {"vision_cfg": SMALL["vision_cfg"] | {"layers": 1, "width": 64}}
+TINY = SMALL | {"vision_cfg": SMALL["vision_cfg"] | {"layers": 2, "width": 64}}
 
 
 def write_clip_suite(folder: Path, tasks: int, architecture: str | dict = SMALL, images: int = 12) -> Path:

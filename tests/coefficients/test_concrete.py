@@ -131,6 +131,7 @@ def test_what_is_evaluated_folds_into_plain_weights(toy, bank, heads, images):
     rule = module.eval().coefficients
     masks = [torch.sigmoid((rule.logits + rule._noise(-1 - n)) / 0.5) for n in range(3)]
     merged = module.merged_state_dict()
+    assert rule.held_bytes == rule._last[1].nbytes
     for name, shape, part in zip(bank.names, bank.layout.shapes, bank.layout.slices):
         mean = torch.stack([mask[part] / mask[part].mean() for mask in masks]).mean(0)
         expected = bank.pretrained[part] + 0.3 * bank.vectors[:, part].sum(0) * mean

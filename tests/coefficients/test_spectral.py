@@ -143,6 +143,15 @@ def test_fewer_directions_are_held_where_asked(toy, bank):
     assert torch.allclose(part.double(), total, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [1.0, 0.5])
+def test_what_it_will_hold_is_known_before(toy, bank, rank):
+    backbone = am.MergedBackbone(toy, bank, am.Spectral(rank=rank))
+    known = backbone.coefficients.held_bytes
+    backbone.merge()
+    made = backbone.coefficients._held._made.values()
+    assert known == sum(part.nbytes for one in made for part in (one.left, one.singular, one.right)) > 0
+
+
 def test_results_say_what_the_masks_keep(toy, bank, heads, images, tmp_path):
     module = am.AdaptiveMerge(bank, toy, heads, coefficients=am.Spectral(keep=0.5), lr=1e-4)
     stream = am.TaskStream(images, 4)
