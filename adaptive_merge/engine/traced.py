@@ -66,6 +66,12 @@ class _Alive(upstream.DispatchMode):
                 self._note(value.untyped_storage())
         return result
 
+    def begin(self) -> None:
+        """Count the peak from what is alive now."""
+        gc.collect()
+        self.peak = 0
+        self._settle()
+
     def _note(self, storage: torch.UntypedStorage) -> None:
         reference = StorageWeakRef(storage)
         if reference.cdata in self._held:
@@ -73,9 +79,12 @@ class _Alive(upstream.DispatchMode):
         self._held[reference.cdata] = (reference, storage.nbytes())
         self.now += storage.nbytes()
         if self.now > self.peak:  # only now is it worth a look at who is gone
-            self._held = {key: entry for key, entry in self._held.items() if not entry[0].expired()}
-            self.now = sum(size for _, size in self._held.values())
-            self.peak = max(self.peak, self.now)
+            self._settle()
+
+    def _settle(self) -> None:
+        self._held = {key: entry for key, entry in self._held.items() if not entry[0].expired()}
+        self.now = sum(size for _, size in self._held.values())
+        self.peak = max(self.peak, self.now)
 
 
 def traced(
@@ -96,15 +105,16 @@ def traced(
         largest = sorted(sizes.items(), key=lambda one: -one[1])
         batch = {task: _batch(count, image) for task, count in largest}
         step, joint, exact = 0, False, True
+        alive = _Alive(_banks(module))  # of all, for a step leaves buffers behind
         for stage in module.stages if module.learned else ():
             objective = module.enter(stage)
             joint = module.joins(objective, batch, processes)
             part = batch if joint else dict(list(batch.items())[:2])  # a smaller third takes no more than these
             own, other = (partial(_step, module, one, part, joint) for one in (objective, Entropy()))
-            peak, itself = _peak(module, own, other)
+            peak, itself = _peak(alive, module, own, other)
             step, exact = max(step, peak), exact and itself
         score = partial(_score, module, next(iter(sizes)), scored, image)
-        evaluation, itself = _peak(module, score, score)
+        evaluation, itself = _peak(alive, module, score, score)
         return Trace(step, evaluation, joint, exact and itself)
 
 
@@ -126,19 +136,23 @@ def _hollow(module: nn.Module) -> None:
                 setattr(part, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
 
 
-def _peak(module: AdaptiveMerge, work: Callable[[], None], instead: Callable[[], None]) -> tuple[int, bool]:
+def _peak(
+    alive: _Alive, module: AdaptiveMerge, work: Callable[[], None], instead: Callable[[], None]
+) -> tuple[int, bool]:
     """Bytes at the peak of some work, and whether they are its own and not those of what stands in for it."""
-    with _Alive(_banks(module)) as alive:
+    alive.begin()
+    with alive:
         with suppress(RuntimeError):  # a number was looked at
             work()
             return alive.peak, True
         gc.collect()
-        backbone = module.model.backbone
-        rule = backbone.coefficients
+        backbone, views = module.model.backbone, module.views
+        rule, initial = backbone.coefficients, views.initial
         backbone.coefficients = LayerWise(trainable=rule.learns).bind(backbone.task_vectors)
         _hollow(backbone.coefficients)
+        views.initial = backbone.coefficients.settled()
         instead()
-        backbone.coefficients = rule
+        backbone.coefficients, views.initial = rule, initial
         return alive.peak, False
 
 
@@ -172,6 +186,7 @@ def _score(module: AdaptiveMerge, task: str, count: int, image: tuple[int, ...])
     views.release()
     batch = _batch(count, image)
     views.prepare("adapted")
-    prediction = module.model(task, batch["image"], views.weights("adapted", task))
+    views.prepare("initial")  # beside this one, a merge that does not learn is kept
+    prediction = module.model(task, batch["image"], views.weights("initial", task))
     views.expert(task, batch, None)
     del prediction

@@ -1,8 +1,11 @@
 """`adaptive-merge plan`: what it says is what a run does, and of experts it reads headers alone."""
 
 import json
+import resource
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 from fitting import QUICK
@@ -156,3 +159,17 @@ def test_planned_memory_is_near_the_measured_peak_of_every_placement(tmp_path, p
     for kind, *pair in zip(KINDS, expected, measured):
         record_property(kind, " / ".join(f"{size / 1e6:.0f}" for size in pair))
     assert expected == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+def test_twenty_large_towers_are_planned_by_their_headers(tmp_path, record_property):
+    suite = write_clip_suite(tmp_path / "suite", 20, "ViT-L-14")
+    options = ["--config", "clip/adamerging", "--config", "clip/vit_l_14/20tasks", "--suite.name", str(suite)]
+    options += ["--run.root", str(tmp_path / "runs"), "--processes=8", "--trainer.accelerator=gpu"]
+    command = [sys.executable, "-m", "adaptive_merge", "plan", "--json", *options]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    plan = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    record_property("CPU seconds", f"{after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.1f}")
+    assert (plan["experts"], plan["parameters"], plan["step"]["exact"]) == (20, 303_966_208, True)
+    assert plan["memory"]["sharded"]["device"]["bank"] == 4 * 21 * plan["parameters"] // 8
