@@ -13,10 +13,10 @@ from planning import SMALL, TINY, measured_peaks, write_clip_suite
 
 from adaptive_merge.__main__ import main
 
-# Transforms, adapters, stages; a route; a rule that keeps factors, one that learns a number an entry; a start.
+# Transforms, adapters, stages; a route; a rule that keeps factors; a start.
 RECIPES = (
     *(f"clip/{name}" for name in ("adamerging", "adamerging_pp", "tinting_pp", "surgery_adamerging", "wemoe")),
-    *("spectral_soft", "concrete_adamerging", "start_adamerging"),
+    *("spectral_soft", "start_adamerging"),
 )
 KINDS = ("resident", "streamed", "sharded")
 
@@ -135,7 +135,7 @@ def test_a_probe_takes_steps_and_leaves_no_run(work, planned):
 
 
 def _peaks(folder, recipe, planned, kinds):
-    small, tiny = (write_clip_suite(folder / name, 4, kind, 4) for name, kind in (("small", SMALL), ("tiny", TINY)))
+    small, tiny = (write_clip_suite(folder / name, 4, kind) for name, kind in (("small", SMALL), ("tiny", TINY)))
 
     def options(suite, kind):
         own = ["--suite.name", str(suite), "--model.bank", kind, "--run.name", f"{suite.name}-{kind}"]
