@@ -67,6 +67,38 @@ def test_the_plan_has_every_recipe_and_what_is_asked_for_alone(page):
     assert reproduce.jobs(options) == [("online", "task_arithmetic", 4), ("online", "best", 4)]
 
 
+def test_a_run_that_fails_does_not_stop_the_others(page, tmp_path, monkeypatch, capsys):
+    import reproduce
+    import results_page
+
+    def timed(command):
+        folder = tmp_path / "holdout" / command[command.index("--run.name") + 1]
+        if folder.name == "ties-0":
+            return 2, 0.0, "adaptive-merge: no"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{}")
+        return 0, 1.0, "a table"
+
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path)
+    monkeypatch.setattr(reproduce, "timed", timed)
+    monkeypatch.setattr(results_page, "write_page", lambda: "written")
+    monkeypatch.setattr("sys.argv", ["", "--protocol", "holdout", "--methods", "ties", "tsvm", "--jobs", "1"])
+    with pytest.raises(SystemExit, match="1 of 3 runs failed"):
+        reproduce.main()
+    assert sorted(path.name for path in (tmp_path / "holdout").iterdir()) == ["task_arithmetic-0", "tsvm-0"]
+    said = capsys.readouterr()
+    assert "written" in said.out and "ties, seed 0, ended with 2:\nadaptive-merge: no" in said.err
+
+
+def test_what_a_frozen_merge_says_is_kept_by_run_and_what_experts_say_is_shared(page):
+    import reproduce
+
+    for run, places in (("surgery_ta-0", 3), ("start_surgery-0", 3), ("surgery_v2-0", 1), ("best-0", 1)):
+        found = {reproduce.cache_of("holdout", run), reproduce.cache_of("unseen", run)}
+        found.add(reproduce.cache_of("holdout", run.replace("-0", "-1")))
+        assert len(found) == places, run
+
+
 def test_the_front_has_what_no_other_beats(page):
     from results_figures import front
 
