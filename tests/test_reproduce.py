@@ -43,6 +43,18 @@ def test_a_row_without_runs_stays_as_the_page_has_it(page, monkeypatch, tmp_path
     assert page.overview(made) == page.between("overview").strip()
 
 
+def test_the_tables_of_the_readme_are_those_of_the_page(page):
+    made, text = {protocol: page.on_page(protocol) for protocol in page.PROTOCOLS}, (ROOT / "README.md").read_text()
+    assert page.readme(made, text) == text
+    mean = "mean accuracy, %"
+    for name, held_out, transductive in (("ties", "1.0", "2.0"), ("start_best", "3.0 ± 0.1", "4.0")):
+        made["holdout"][name][mean], made["transductive"][name][mean] = held_out, transductive
+    lines = page.readme(made, text).splitlines()
+    assert "| `ties` | nothing | 1.0 | 2.0 | 72.4 |" in lines
+    changed = [line for line in lines if line not in text.splitlines()]
+    assert len(changed) == 2 and "| 3.0 ± 0.1 | 4.0 |" in changed[1]
+
+
 def test_the_best_is_that_of_the_table_and_not_of_the_runs_at_hand(page, monkeypatch):
     groups = {"a": page.Group("a", [object()]), "b": page.Group("b", [])}
     monkeypatch.setattr(page, "load", lambda protocol, method: groups[method])
