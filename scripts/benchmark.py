@@ -11,7 +11,7 @@ In one process, alternating round by round:
     python scripts/benchmark.py --start --model vit_b_32 --tasks 8 --images 16
     python scripts/benchmark.py --transforms TSVM IsoC CART --model vit_b_32 --tasks 8 --threads 2
 
-With --wemoe: (e) a step of WEMoE against (b).
+With --wemoe or --e_wemoe: (e) a step of WEMoE or E-WEMoE against (b).
 With --spectral: (f) a step of `Spectral`, of which a sixth of the directions is kept, against (b).
 With --start: (d) a start in closed form from the images, once, against (b), which then is one epoch of them.
 
@@ -115,9 +115,14 @@ def joint_floor(*parts) -> Callable[[], None]:
 
 def ours(backbone, bank, heads, batch) -> Callable[[], None]:
     """One step of the trainer's module, without the trainer around it."""
-    module = am.AdaMerging(bank, backbone, heads).to(bank.device)
+    return _step(am.AdaMerging(bank, backbone, heads), batch)
+
+
+def _step(module, batch, learned: str = "") -> Callable[[], None]:
+    """One step of a module whose parts of this name learn, or all."""
+    module.to(module.experts.device)
     module.log = module.log_dict = lambda *_, **__: None
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(module.get_submodule(learned).parameters(), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -157,16 +162,12 @@ def naive(backbone, bank, heads, batch) -> Callable[[], None]:
 
 def wemoe(backbone, bank, heads, batch) -> Callable[[], None]:
     """One step of WEMoE on task arithmetic, otherwise as `ours`."""
-    module = am.AdaptiveMerge(bank, backbone, heads, adapters=[am.WEMoE()]).to(bank.device)
-    module.log = module.log_dict = lambda *_, **__: None
-    optimizer = torch.optim.Adam(module.model.adapters.parameters(), lr=1e-3)
+    return _step(am.AdaptiveMerge(bank, backbone, heads, adapters=[am.WEMoE()]), batch, "model.adapters")
 
-    def step() -> None:
-        optimizer.zero_grad()
-        module.training_step(batch, 0).backward()
-        optimizer.step()
 
-    return step
+def e_wemoe(backbone, bank, heads, batch) -> Callable[[], None]:
+    """The same of E-WEMoE, with the tenth of each task vector that it keeps."""
+    return _step(am.AdaptiveMerge(bank, backbone, heads, adapters=[am.EWEMoE()]), batch, "model.adapters")
 
 
 def spectral(backbone, bank, heads, batch) -> Callable[[], None]:
@@ -181,16 +182,9 @@ def spectral(backbone, bank, heads, batch) -> Callable[[], None]:
         return torch.randn(matrix.shape[0], rank), torch.rand(rank), torch.randn(rank, matrix.shape[1]) / rank
 
     home.svd = factors
-    module = am.AdaptiveMerge(bank, backbone, heads, coefficients=am.Spectral(0.3, keep=0.16)).to(bank.device)
-    module.log = module.log_dict = lambda *_, **__: None
-    optimizer = torch.optim.Adam(module.coefficients.parameters(), lr=1e-3)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        module.training_step(batch, 0).backward()
-        optimizer.step()
-
-    return step
+    return _step(
+        am.AdaptiveMerge(bank, backbone, heads, coefficients=am.Spectral(0.3, keep=0.16)), batch, "coefficients"
+    )
 
 
 def start(backbone, bank, heads, batch) -> Callable[[], None]:
@@ -348,6 +342,7 @@ def main() -> None:
     parser.add_argument("--transforms", nargs="*", help="only: these transforms, with their default settings")
     parser.add_argument("--threads", type=int, default=1, help="of --transforms")
     parser.add_argument("--wemoe", action="store_true", help="only: a step of WEMoE against one of AdaMerging")
+    parser.add_argument("--e_wemoe", action="store_true", help="only: a step of E-WEMoE against one of AdaMerging")
     parser.add_argument("--spectral", action="store_true", help="only: a step of Spectral against one of AdaMerging")
     parser.add_argument("--surgery", action="store_true", help="only: adapter updates on kept outputs, ViT-B/32")
     parser.add_argument("--json", help="also write the figures to this file")
@@ -362,7 +357,7 @@ def main() -> None:
             show_transform(model, tasks, name, options.threads)
         return
     libraries = resident_peak()  # a process of the same imports has as much before it begins
-    alone = next((name for name in ("start", "wemoe", "spectral") if getattr(options, name)), None)
+    alone = next((name for name in ("start", "wemoe", "e_wemoe", "spectral") if getattr(options, name)), None)
     pair = (alone, "ours") if alone else CONTENDERS
     contenders = tuple(name for name in pair if name not in options.without)
     rows = []
@@ -447,7 +442,7 @@ def ratios(row: dict) -> dict[str, float]:
             found["naive merge / ours"] = seconds["naive merge + gradient"] / passes
         found["merge + gradient / bank read twice"] = passes / seconds["bank read twice"]
         found["merge + gradient, bfloat16 bank / float32"] = half / passes
-    for name in (name for name in ("wemoe", "spectral", "start") if name in seconds):
+    for name in (name for name in ("wemoe", "e_wemoe", "spectral", "start") if name in seconds):
         found[f"{name} / ours"] = seconds[name] / seconds["ours"]
     if "ours bf16" in seconds:
         found["bf16 / fp32"] = seconds["ours bf16"] / seconds["ours"]

@@ -75,15 +75,15 @@ def folder_of(protocol: str, method: str, seed: int) -> Path:
 def cache_of(protocol: str, run: str) -> Path:
     """What experts say about an image is the same in all runs; what a frozen merge says is not."""
     images = "corrupted" if protocol == "corrupted" else "clean"
-    frozen = run.startswith("surgery_") and not run.startswith("surgery_v2")
+    frozen = "surgery" in run and "surgery_v2" not in run
     return RUNS / "cache" / images / (f"{protocol}-{run}" if frozen else "experts")
 
 
-def run(protocol: str, method: str, seed: int) -> None:
-    """One run, in a process of its own with one thread, so that two at a time do not fight over the cores."""
+def run(protocol: str, method: str, seed: int) -> bool:
+    """One run, in a process of its own with one thread, so that two do not fight over cores; whether it is there."""
     folder = folder_of(protocol, method, seed)
     if (folder / "results.json").is_file():
-        return
+        return True
     command = [sys.executable, "-m", "adaptive_merge", "fit", "--config", str(CONFIGS / f"{method}.yaml")]
     command += ["--seed_everything", str(seed), "--run.root", str(folder.parent), "--run.name", folder.name]
     command += ["--run.if_exists", "overwrite", "--run.report", "false", "--trainer.enable_progress_bar", "false"]
@@ -92,9 +92,11 @@ def run(protocol: str, method: str, seed: int) -> None:
     code, processor, output = timed(command)
     ended = code == 4 and (folder / "results.json").is_file()  # by the guard, and the results say so
     if code and not ended:
-        raise SystemExit(f"{protocol}, {method}, seed {seed}, ended with {code}:\n{output}")
+        print(f"{protocol}, {method}, seed {seed}, ended with {code}:\n{output}", file=sys.stderr, flush=True)
+        return False
     (folder / "cost.json").write_text(json.dumps({"cpu_seconds": round(processor, 1)}))
     print(f"{protocol}, seed {seed}\n{output}", flush=True)
+    return True
 
 
 def timed(command: list[str]) -> tuple[int, float, str]:
@@ -129,11 +131,13 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only write page and figures from what is there")
     options = parser.parse_args()
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda job: run(*job), [] if options.tables else jobs(options)))
+        there = list(pool.map(lambda job: run(*job), [] if options.tables else jobs(options)))
     # Here, because it takes seconds that runs do not need.
     from results_page import write_page
 
     print(write_page())
+    if not all(there):
+        sys.exit(f"{there.count(False)} of {len(there)} runs failed, see above; what they said is in their folders")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ REFERENCES = {"pre-trained": ("pretrained", 48.0), "individual experts": ("indiv
 NOT_RECORDED = "not recorded"
 NOTHING = ("", "–", NOT_RECORDED)
 BEST = "the best"
+README = ("holdout", "transductive")  # in the order of its columns
 
 
 @cache
@@ -274,13 +275,31 @@ def write(name: str, content: str) -> None:
     PAGE.write_text(f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}")
 
 
+def readme(made: Mapping[str, Mapping[str, Cells]], text: str) -> str:
+    """README with the mean accuracies of these tables in its table of methods and in its first one."""
+
+    def row(found: re.Match[str]) -> str:
+        cells = found[0].split(" | ")
+        name = cells[0].strip("| ").partition(" (")[0].strip("`")
+        means = {protocol: made[protocol].get(name, {}).get("mean accuracy, %") for protocol in README}
+        if len(cells) == 5:
+            cells[2:4] = [means[protocol] or old for protocol, old in zip(README, cells[2:4])]
+        elif len(cells) == 3 and means["holdout"]:
+            cells[2] = means["holdout"].partition(" ")[0] + " |"
+        return " | ".join(cells)
+
+    return re.sub(r"^\| (`\w+`|pre-trained|individual experts).*$", row, text, flags=re.MULTILINE)
+
+
 def write_page() -> str:
-    """Every table and the figure; the overview."""
+    """Every table and the figure, those of README among them; the overview."""
     made = tables()
     for protocol, rows in made.items():
         write(protocol, markdown(columns(protocol), list(rows.values()), lambda row, name: NOT_RECORDED))
     write("axes", axes(made))
     write("overview", overview(made))
+    start = ROOT / "README.md"
+    start.write_text(readme(made, start.read_text()))
     points = {
         method: {name: number(cells.get(name, "")) for name in ("mean accuracy, %", "images", "seconds")}
         for method, cells in made["holdout"].items()

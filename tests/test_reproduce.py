@@ -43,6 +43,18 @@ def test_a_row_without_runs_stays_as_the_page_has_it(page, monkeypatch, tmp_path
     assert page.overview(made) == page.between("overview").strip()
 
 
+def test_the_tables_of_the_readme_are_those_of_the_page(page):
+    made, text = {protocol: page.on_page(protocol) for protocol in page.PROTOCOLS}, (ROOT / "README.md").read_text()
+    assert page.readme(made, text) == text
+    mean = "mean accuracy, %"
+    for name, held_out, transductive in (("ties", "1.0", "2.0"), ("start_best", "3.0 ± 0.1", "4.0")):
+        made["holdout"][name][mean], made["transductive"][name][mean] = held_out, transductive
+    lines = page.readme(made, text).splitlines()
+    assert "| `ties` | nothing | 1.0 | 2.0 | 72.4 |" in lines
+    changed = [line for line in lines if line not in text.splitlines()]
+    assert len(changed) == 2 and "| 3.0 ± 0.1 | 4.0 |" in changed[1]
+
+
 def test_the_best_is_that_of_the_table_and_not_of_the_runs_at_hand(page, monkeypatch):
     groups = {"a": page.Group("a", [object()]), "b": page.Group("b", [])}
     monkeypatch.setattr(page, "load", lambda protocol, method: groups[method])
@@ -65,6 +77,38 @@ def test_the_plan_has_every_recipe_and_what_is_asked_for_alone(page):
     assert ("holdout", "best", 2) in jobs and ("holdout", "ties", 1) not in jobs and ("unseen", "best", 0) in jobs
     options = argparse.Namespace(protocol=["online"], methods=["best", "surgery_adamerging"], seeds=[4])
     assert reproduce.jobs(options) == [("online", "task_arithmetic", 4), ("online", "best", 4)]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(page, tmp_path, monkeypatch, capsys):
+    import reproduce
+    import results_page
+
+    def timed(command):
+        folder = tmp_path / "holdout" / command[command.index("--run.name") + 1]
+        if folder.name == "ties-0":
+            return 2, 0.0, "adaptive-merge: no"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{}")
+        return 0, 1.0, "a table"
+
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path)
+    monkeypatch.setattr(reproduce, "timed", timed)
+    monkeypatch.setattr(results_page, "write_page", lambda: "written")
+    monkeypatch.setattr("sys.argv", ["", "--protocol", "holdout", "--methods", "ties", "tsvm", "--jobs", "1"])
+    with pytest.raises(SystemExit, match="1 of 3 runs failed"):
+        reproduce.main()
+    assert sorted(path.name for path in (tmp_path / "holdout").iterdir()) == ["task_arithmetic-0", "tsvm-0"]
+    said = capsys.readouterr()
+    assert "written" in said.out and "ties, seed 0, ended with 2:\nadaptive-merge: no" in said.err
+
+
+def test_what_a_frozen_merge_says_is_kept_by_run_and_what_experts_say_is_shared(page):
+    import reproduce
+
+    for run, places in (("surgery_ta-0", 3), ("start_surgery-0", 3), ("surgery_v2-0", 1), ("best-0", 1)):
+        found = {reproduce.cache_of("holdout", run), reproduce.cache_of("unseen", run)}
+        found.add(reproduce.cache_of("holdout", run.replace("-0", "-1")))
+        assert len(found) == places, run
 
 
 def test_the_front_has_what_no_other_beats(page):

@@ -188,6 +188,7 @@ def quiet() -> None:
         ".*isinstance.treespec.*",
         ".*you have set.*max_epochs.*",
         ".*Checkpoint directory.*exists and is not empty.*",
+        ".*configure_optimizers. returned .None.*",  # a static recipe, which says so itself
         ".*sync_dist=True.*",  # metrics are of the whole batch already: the engine averages what it logs
     ):
         warnings.filterwarnings("ignore", message)

@@ -25,22 +25,13 @@ class MaskStatistics:
     Args:
         density: share of the entries that each task keeps, [T].
         jaccard: entries that both tasks keep over those that one of them keeps, [T, T]; 0 where neither keeps any.
-        kept_by: share of the entries that exactly 0, 1 … T tasks keep, [T + 1].
+        kept_by: share of the entries that exactly 0, 1 … T tasks keep, [T + 1]; catastrophic ones are kept by none, and
+            moved by the sum of the task vectors alone, selfish ones by one task.
     """
 
     density: Tensor
     jaccard: Tensor
     kept_by: Tensor
-
-    @property
-    def catastrophic(self) -> float:
-        """Share of the entries that no task keeps: what only the sum of the task vectors moves."""
-        return float(self.kept_by[0])
-
-    @property
-    def selfish(self) -> float:
-        """Share of the entries that one task alone keeps."""
-        return float(self.kept_by[1])
 
 
 def cosines(vectors: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from adaptive_merge import merge, weights
 from adaptive_merge.data.sources import identity_of_files
-from adaptive_merge.errors import InputError
-from adaptive_merge.files import save_json
+from adaptive_merge.errors import InputError, StorageError
+from adaptive_merge.files import save_json, sparing
 from adaptive_merge.limits import read_json
 from adaptive_merge.merge.bank_file import code_of, kept_bank, written_bank
 from adaptive_merge.merge.task_vectors import TaskVectors
@@ -51,16 +52,16 @@ def shared_bank(
     path = Path(folder) / f"sources-{identity}.json"
     if found := _found(path):
         return found
-    try:
-        with in_turn(path.with_name(f".{path.name}.lock"), f"bank of {path}"):
-            if found := _found(path):
-                return found
-            bank, notes = _built(folder, build)
-            if _identity(sources, settings) == identity:
+    with ExitStack() as stack:
+        with suppress(LockedError, StorageError):  # of another node without locks, or a folder that can only be read
+            stack.enter_context(in_turn(path.with_name(f".{path.name}.lock"), f"bank of {path}"))
+        if found := _found(path):
+            return found
+        bank, notes = _built(folder, build)
+        if _identity(sources, settings) == identity:
+            with sparing(path):
                 save_json(path, {"bank": bank.fingerprint, "notes": {name: list(own) for name, own in notes.items()}})
-            return bank, notes
-    except LockedError:  # on another node, and the file system has no locks
-        return _built(folder, build)
+        return bank, notes
 
 
 def _built(folder: str | Path, build: Callable[[], tuple[TaskVectors, Notes]]) -> tuple[TaskVectors, Notes]:

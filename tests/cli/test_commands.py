@@ -86,11 +86,12 @@ def test_merge_writes_the_adapted_and_the_static_merge(work, suite_folder, capsy
     assert "recipe" in told and "quick" in told and "float32" in told.lower().replace("f32", "float32")
 
 
-def test_static_recipe_scores_without_a_step(work, capsys):
+def test_static_recipe_scores_without_a_step(work, capsys, recwarn):
     assert main(["fit", "--config", "quick.yaml", "--model.coefficients", "Fixed", "--trainer.max_steps", "0"]) == 0
     average = results(work / "runs" / "quick")["average"]
     assert average["adapted"] == average["initial"]
     assert "A static recipe, no step, nothing was trained" in " ".join(capsys.readouterr().out.split())
+    assert not [warned for warned in recwarn if "no optimizer" in str(warned.message)]
 
 
 def test_validate_prints_accuracies(work, capsys):

@@ -43,7 +43,7 @@ def test_mask_statistics_are_sets_of_entries(sparse):
     expected = [[len(one & other) / len(one | other) for other in kept] for one in kept]
     assert np.allclose(found.jaccard, expected)
     by = [sum(sum(p in one for one in kept) == k for p in moved) / len(moved) for k in range(len(kept) + 1)]
-    assert np.allclose(found.kept_by, by) and (found.catastrophic, found.selfish) == pytest.approx(by[:2])
+    assert np.allclose(found.kept_by, by)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.5])

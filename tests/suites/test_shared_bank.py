@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from processes import start, wait
 from safetensors.torch import load_file, save_file
 
 import adaptive_merge as am
+from adaptive_merge import files
+from adaptive_merge.errors import StorageError
+from adaptive_merge.suites import shared_bank as shared
 from adaptive_merge.suites.shared_bank import shared_bank
 
 
@@ -113,6 +117,22 @@ def test_what_files_do_not_tell_is_built_each_time(bank, tmp_path, kind):
     found, notes = shared_bank("banks", ["hf-hub:a/b" if kind == "of a hub" else str(source)], [], build)
     assert found.fingerprint == bank.fingerprint and notes == {"expert.pt": ("a note",)}
     assert [path.name for path in (tmp_path / "banks").iterdir()] == [f"bank-{bank.fingerprint}.safetensors"]
+
+
+def test_where_nothing_can_be_written_a_bank_that_is_there_is_read(experts_folder, reads, monkeypatch):
+    kept = am.load_suite(str(experts_folder), banks="banks").task_vectors
+    for path in Path("banks").glob("sources-*"):
+        path.unlink()
+
+    @contextmanager
+    def refused(*_):
+        raise StorageError("read-only")
+        yield
+
+    monkeypatch.setattr(files, "replacing", refused)
+    monkeypatch.setattr(shared, "in_turn", refused)
+    found = am.load_suite(str(experts_folder), banks="banks").task_vectors
+    assert found.fingerprint == kept.fingerprint and len(reads) == 2
 
 
 def read_by(folder, source, bank, log, result):
