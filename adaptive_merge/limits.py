@@ -39,6 +39,7 @@ OPCODES: Final = 2_000_000  # of a pickle
 MODULES: Final = 100_000  # in a pickled model, of which at most `MODULE_DEPTH` inside each other
 MODULE_DEPTH: Final = 32
 TUPLE_KEYS: Final = 1_000  # keys of dictionaries in a pickle that are tuples, and values in one of them
+PATTERN_REPETITIONS: Final = 2  # `*`, `+` and `{` in a pattern of a LoRA adapter's settings, none of them after a group
 DIMENSIONS: Final = 8  # of a tensor
 DIRECTORY_BYTES: Final = 16 << 20  # of the list of records in a zip
 ARRAY_BYTES: Final = 1 << 30  # that an array of an npz may unpack to

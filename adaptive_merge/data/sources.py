@@ -102,17 +102,22 @@ class TorchvisionSource:
     """
 
     def __init__(self, dataset: Any, root: Path, labels: Sequence[int], classes: Sequence[str]) -> None:
-        self.dataset, self.classes = dataset, list(classes)
+        self.dataset, self.root, self.length, self.classes = dataset, root, len(dataset), list(classes)
         self.labels = torch.as_tensor(labels).to(torch.int64)
         files = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
         self.identity = identity_of_files(root, files)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.length
 
     def load(self, index: int) -> Image.Image:
         """One image of the array."""
-        return self.dataset[index][0]
+        try:
+            return self.dataset[index][0]
+        except Exception as error:  # h5py and others raise what they like for a file that is cut short
+            raise InputError(
+                f"`{self.root}`: image {index} cannot be read ({error}); the data set is damaged, copy it again"
+            ) from error
 
 
 def folder_source(folder: Path, classes: Sequence[str] | None = None) -> FileSource:

@@ -8,17 +8,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from adaptive_merge.errors import InputError
-from adaptive_merge.limits import read_json
 from adaptive_merge.merge.factors import Change, Product
 from adaptive_merge.weights.files import open_entries
 from adaptive_merge.weights.folders import Folder
 from adaptive_merge.weights.huggingface_names import from_huggingface
+from adaptive_merge.weights.lora_settings import LoraSettings
 from adaptive_merge.weights.manifest import Manifest, Weights, sha256_of_files
 from adaptive_merge.weights.reader import check_finite
 
@@ -27,18 +27,7 @@ __all__ = ["Lora"]
 _TOWER: Final = re.compile(r"((?:.*\.)?(?:vision_model|visual)\.)(.+)")
 _FACTOR: Final = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?$")
 _SPLIT: Final = re.compile(r"(.+\.attn\.)([qkv])_proj\.(weight|bias)$")
-_WHOLE: Final = ("CLIP", "CustomTextCLIP", "CLIPModel")  # where names without a prefix are the text tower's
 _WRAPPED: Final = "base_model.model."
-
-# What says nothing about the weights, or is read below.
-_KNOWN: Final = frozenset(
-    ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias")
-    + ("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights")
-    + ("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "megatron_config", "peft_version")
-    + ("modules_to_save", "qalora_group_size", "revision", "target_modules", "task_type", "ensure_weight_tying")
-    + ("eva_config", "runtime_config", "lora_dtype")
-)
-_KEEPS_BASE: Final = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Lora(Folder):
@@ -61,7 +50,7 @@ class Lora(Folder):
                 "the adapter as an expert of a suite"
             )
         folder = path if path.is_dir() else path.parent
-        settings = _Settings.read(folder / self.config)
+        settings = LoraSettings.read(folder / self.config)
         files = self.inside(path)
         entries: dict[str, Tensor] = {}
         for file in files:
@@ -83,87 +72,6 @@ class Lora(Folder):
             + _notes(dropped, settings.biases and not any(name.endswith("bias") for name in names)),
         )
         return Weights(tower.tensors, manifest, tower.changes(base.tensors))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The settings of an adapter that its weights depend on."""
-
-    rank: int
-    alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    square_root: bool
-    text_too: bool
-    biases: bool
-    path: str
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, path: Path) -> _Settings:
-        """From `adapter_config.json`.
-
-        Raises:
-            InputError: no LoRA, or a form of it whose weights cannot be told from this configuration.
-        """
-        config = read_json(path)
-        if config.get("peft_type") != "LORA":
-            raise InputError(
-                f"`{path}`: peft_type {config.get('peft_type')!r}; only LORA adapters are read. Merge others into the "
-                "model with PEFT's `merge_and_unload` and save that"
-            )
-        if config.get("init_lora_weights", True) not in _KEEPS_BASE:
-            raise InputError(
-                f"`{path}`: init_lora_weights {config['init_lora_weights']!r} also changed the base, which this "
-                "adapter does not hold; save it anew with `path_initial_model_for_weight_conversion`"
-            )
-        odd = {key: value for key, value in config.items() if key not in _KNOWN and value not in (None, False, {}, [])}
-        odd.pop("loftq_config", None)
-        odd |= {"fan_in_fan_out": True} if config.get("fan_in_fan_out") else {}
-        if odd:
-            raise InputError(
-                f"`{path}`: {', '.join(f'{key} {value!r}' for key, value in odd.items())}: not known how this changes "
-                "the weights; merge the adapter into its model with PEFT's `merge_and_unload` and save that"
-            )
-        return cls._checked(path, config)
-
-    @classmethod
-    def _checked(cls, path: Path, config: dict[str, Any]) -> _Settings:
-        name = config.get("base_model_name_or_path")
-        settings = cls(
-            config.get("r", 8),
-            config.get("lora_alpha", 8),
-            config.get("rank_pattern") or {},
-            config.get("alpha_pattern") or {},
-            bool(config.get("use_rslora")),
-            (config.get("auto_mapping") or {}).get("base_model_class") in _WHOLE,
-            config.get("bias", "none") != "none",
-            str(path),
-            (f"adapter of {name}",) if name else (),
-        )
-        numbers = [settings.rank, settings.alpha, *settings.ranks.values(), *settings.alphas.values()]
-        if not all(
-            isinstance(number, int | float) and not isinstance(number, bool) and number > 0 for number in numbers
-        ):
-            raise InputError(f"`{path}`: r, lora_alpha and their patterns should be positive numbers, found {numbers}")
-        return settings
-
-    def of(self, module: str, rank: int) -> float:
-        """The scale of a module's product, whose first factor has `rank` rows."""
-        stated = self._matching(self.ranks, module, self.rank)
-        if rank != stated:
-            raise InputError(
-                f"`{self.path}`: module `{module}`: rank {rank} in the weights, {stated} in the configuration; they do "
-                "not belong together"
-            )
-        return float(self._matching(self.alphas, module, self.alpha)) / (rank**0.5 if self.square_root else rank)
-
-    def _matching(self, pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-        """As PEFT: the first key that is the module's name or, as a regular expression, its end after a dot."""
-        try:
-            return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-        except re.error as error:
-            raise InputError(f"`{self.path}`: a key of rank_pattern or alpha_pattern is no pattern: {error}") from error
 
 
 @dataclass
@@ -216,7 +124,7 @@ class _Tower:
     def write(self, name: str, value: Tensor, more: bool = False) -> None:
         """Replace (a part of) a tensor by one that was trained whole, or add to it where it is `more`."""
         ours, rows = _place(self.tensors, name, self.path)
-        value = value.t() if ours == "proj" else value
+        value = value.t() if ours == "proj" and value.dim() == 2 else value
         self._check(self.tensors[ours][rows], value, name)
         self._put(ours, rows, self.tensors[ours][rows] + value if more else value)
         self._whole.add(ours)
@@ -228,15 +136,16 @@ class _Tower:
             high, low = low.t(), high.t()
         part = self.tensors[ours][rows]
         if high.shape[1] != low.shape[0]:
-            ranks = f"{high.shape[1]} and {low.shape[0]}"
-            raise InputError(f"`{self.path}`: tensor `{name}`: factors of ranks {ranks}; save the adapter again")
+            raise self.damaged(name, f"factors of ranks {high.shape[1]} and {low.shape[0]}")
         change = high @ low
-        self._check(part.flatten(1), change, name)
+        self._check(part.reshape(len(part), -1), change, name)
         total = part + change.reshape(part.shape)
         if magnitude is None:
             self._products[ours].append(Product(rows.start or 0, high.contiguous(), low.contiguous()))
         else:
-            matrix = total.t() if ours == "proj" else total.flatten(1)
+            matrix = total.t() if ours == "proj" else total.reshape(len(total), -1)
+            if magnitude.numel() != len(matrix):
+                raise self.damaged(name, f"{magnitude.numel()} lengths for {len(matrix)} outputs")
             lengths = torch.linalg.norm(matrix, dim=1, keepdim=True)
             matrix = matrix * (magnitude.reshape(-1, 1) / lengths)
             total = (matrix.t() if ours == "proj" else matrix).reshape(part.shape)
@@ -247,6 +156,9 @@ class _Tower:
         self.tensors[name] = self.tensors[name].clone()
         self.tensors[name][rows] = value
 
+    def damaged(self, name: str, what: str) -> InputError:
+        return InputError(f"`{self.path}`: tensor `{name}`: {what}; save the adapter again")
+
     def _check(self, place: Tensor, value: Tensor, name: str) -> None:
         if place.shape != value.shape:
             raise InputError(
@@ -255,7 +167,7 @@ class _Tower:
             )
 
 
-def _fold(tower: _Tower, entries: Mapping[str, Tensor], settings: _Settings) -> None:
+def _fold(tower: _Tower, entries: Mapping[str, Tensor], settings: LoraSettings) -> None:
     """Everything of the adapter into the tower; trained-whole tensors first, low-rank products on top."""
     modules: dict[str, _Module] = defaultdict(_Module)
     biases: dict[str, Tensor] = {}
@@ -272,6 +184,8 @@ def _fold(tower: _Tower, entries: Mapping[str, Tensor], settings: _Settings) -> 
             raise InputError(
                 f"`{tower.path}`: module `{module}`: one factor of its product is missing; the file is incomplete"
             )
+        if min(low.dim(), high.dim()) < 2:
+            raise tower.damaged(module, f"factors of shapes {tuple(high.shape)} and {tuple(low.shape)}, no matrices")
         scale = settings.of(held.scaled_as, low.shape[0]) * held.times
         factors = high.flatten(1) * scale, low.flatten(1)
         if "embedding_A" in held.factors:

@@ -85,7 +85,7 @@ def architecture_of(tensors: Mapping[str, Any], path: str) -> dict[str, Any]:
             f"`{path}`: no tensor `{missing[0]}`; expected a CLIP vision transformer (ResNet, timm and text towers "
             "are not read); convert the file to an open_clip or Hugging Face CLIP folder"
         )
-    for name, rank in ranks.items():
+    for name, rank in (ranks | ({"proj": 2} if "proj" in tensors else {})).items():
         if len(tensors[name].shape) != rank:
             raise InputError(
                 f"`{path}`: tensor `{name}`: expected {rank} dimensions, found {tuple(tensors[name].shape)}; the file "

@@ -203,6 +203,22 @@ def of_folder(path: Path) -> str:
     return digest(*read_weights(path.parent).tensors.values())
 
 
+def of_adapter(path: Path) -> str:
+    base = read_weights("tower.safetensors", quick_gelu=True)
+    weights = read_weights(path.parent, base=base)
+    bank = am.TaskVectors.from_changes(base.tensors, {"task": weights.changes})
+    return digest(*weights.tensors.values(), *bank.expert("task").values())
+
+
+def of_tall(path: Path) -> str:
+    experts = am.load_tall(path)
+    return digest(*(value for task in experts.tasks for value in experts.expert(task).values()))
+
+
+def of_module(path: Path) -> str:
+    return digest(*am.load_module(path).state_dict().values())
+
+
 def of_image(path: Path) -> None:
     source = folder_source(path.parent.parent)
     resized(source.load(source.files.index(path)), 32)
@@ -232,6 +248,9 @@ def prepare(root: Path) -> dict[str, Target]:
     shutil.copytree("run", "resumed")
     _write_checkpoints(root)
     _write_images(root / "images")
+    _write_adapter(root / "lora")
+    command("export", "run", "--format", "tall", "--output", "tall")
+    command("export", "run", "--format", "module", "--output", "module")
     bank = am.load_suite("suite").task_vectors
     bank.save("bank.safetensors")
     (root / "names.txt").write_text("cat\ndog\nbird\n")
@@ -266,6 +285,30 @@ def _write_checkpoints(root: Path) -> None:
         (root / name).mkdir()
         (root / name / config).write_text(json.dumps(content))
         save_file(state, root / name / ("open_clip_model.safetensors" if name == "open_clip" else "model.safetensors"))
+
+
+def _write_adapter(folder: Path) -> None:
+    """A LoRA adapter of the tower: a product, one with a bias, one with lengths of its own (DoRA), one of patches."""
+    draw = torch.Generator().manual_seed(2)
+    block, tensors = "base_model.model.transformer.resblocks", {}
+    shapes = {f"{block}.0.mlp.c_fc": (256, 64), f"{block}.1.mlp.c_proj": (64, 256)}
+    for name, (high, low) in shapes.items():
+        tensors[f"{name}.lora_A.weight"] = torch.randn(2, low, generator=draw)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(high, 2, generator=draw) / 100
+    tensors[f"{block}.0.mlp.c_fc.lora_B.bias"] = torch.randn(256, generator=draw)
+    tensors[f"{block}.1.mlp.c_proj.lora_magnitude_vector"] = 1 + torch.rand(64, generator=draw)
+    tensors["base_model.model.conv1.lora_A.weight"] = torch.randn(2, 3, 16, 16, generator=draw)
+    tensors["base_model.model.conv1.lora_B.weight"] = torch.randn(64, 2, 1, 1, generator=draw) / 100
+    tensors["base_model.model.ln_post.weight"] = torch.randn(64, generator=draw)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_fc", "c_proj", "conv1"]}
+    settings |= {
+        "rank_pattern": {"c_proj": 2},
+        "alpha_pattern": {r".*0\.mlp.c_fc": 3},
+        "auto_mapping": {"base_model_class": "X"},
+    }
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def _write_images(folder: Path) -> None:
@@ -307,6 +350,11 @@ def _targets() -> dict[str, Target]:
         "safetensors tower, changed": Target("tower.safetensors", mutations.change_safetensors, of_weights),
         "torch tower, changed": Target("tower-zip.pt", change_torch, of_weights),
         "head.safetensors": Target("head.safetensors", damage, read_head),
+        "LoRA adapter": Target("lora/adapter_model.safetensors", mutations.change_safetensors, of_adapter),
+        "LoRA adapter, bytes": Target("lora/adapter_model.safetensors", damage, of_adapter),
+        "LoRA settings": Target("lora/adapter_config.json", mutations.change_json, of_adapter),
+        "tall file": Target("tall/tall.safetensors", damage, of_tall, sealed=True),
+        "module file": Target("module/module.safetensors", damage, of_module, sealed=True),
         "class names": Target("names.txt", damage, read_class_names),
         "coefficients": Target("run/coefficients.json", mutations.change_json, of_coefficients),
         "coefficients, bytes": Target("run/coefficients.json", damage, of_coefficients),

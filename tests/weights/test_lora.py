@@ -196,6 +196,23 @@ REFUSED = {
     "no finite number": ({}, {f"{NAME}.lora_A.weight": torch.full((2, 64), float("nan"))}, "NaN or infinite"),
     "the text tower's": ({"auto_mapping": {"base_model_class": "CLIP"}}, {}, "no tensor of an image tower"),
     "two towers": ({}, {"a.visual.proj": torch.ones(2), "b.visual.proj": torch.ones(2)}, "2 image towers"),
+    "a scalar factor": ({}, {f"{NAME}.lora_A.weight": torch.tensor(1.0)}, r"shapes .256, 2. and .., no matrices"),
+    "a row for a factor": ({}, {f"{NAME}.lora_B.weight": torch.ones(256)}, "no matrices"),
+    "too many lengths": ({}, {f"{NAME}.lora_magnitude_vector": torch.ones(63)}, "63 lengths for 256 outputs"),
+    "no lengths": ({}, {f"{NAME}.lora_magnitude_vector": torch.ones(0)}, "0 lengths"),
+    "a projection of three dimensions": ({}, {"base_model.model.proj": torch.ones(2, 3, 4)}, "its product has shape"),
+    "a bias of a matrix": ({}, {f"{NAME}.lora_B.bias": torch.ones(2, 3)}, "its product has shape"),
+    "ranks that do not meet": ({"r": 3}, {f"{NAME}.lora_A.weight": torch.ones(3, 64)}, "factors of ranks 2 and 3"),
+    "a vector adapted": (
+        {},
+        {f"base_model.model.ln_post.lora_{kind}.weight": torch.ones(2, 2) for kind in "AB"},
+        "its product has shape .2, 2., the pre-trained tower .64, 1",
+    ),
+    "patterns in a list": ({"rank_pattern": ["fc1"]}, {}, "rank_pattern should map patterns to numbers"),
+    "a number out of reach": ({"lora_alpha": 10**400}, {}, "should be positive numbers"),
+    "a mapping that is none": ({"auto_mapping": ["CLIP"], "r": 3}, {}, "rank 2 in the weights"),
+    "a pattern without end": ({"rank_pattern": {"([a-z_.0-9]+)+!": 2}}, {}, "repeats groups"),
+    "a pattern of a high power": ({"alpha_pattern": {".*.*.*.*.*.*.*.*!": 2}}, {}, "more than 2 times"),
     "a stranger": ({}, {"base_model.model.prompt": torch.ones(2)}, "`prompt` has no place"),
 }
 

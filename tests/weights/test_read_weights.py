@@ -198,6 +198,7 @@ def broken(tower, name, change):
             lambda t: broken(t, "transformer.resblocks.0.mlp.c_proj.weight", lambda p: p.t().contiguous()),
             r"c_proj.weight`: expected shape \(64, 256\), found \(256, 64\); it is transposed",
         ),
+        (lambda t: broken(t, "proj", lambda p: torch.tensor(1.0)), "`proj`: expected 2 dimensions"),
         (lambda t: broken(t, "ln_pre.weight", lambda p: p[:5].clone()), r"`ln_pre.weight`: expected shape \(64,\)"),
         (
             lambda t: broken(t, "conv1.weight", lambda p: p.clone().fill_(float("nan"))),
