@@ -158,6 +158,7 @@ def test_planned_memory_is_near_the_measured_peak(tmp_path, planned):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three whole runs and what plans them
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_planned_memory_is_near_the_measured_peak_of_every_placement(tmp_path, planned, recipe, record_property):
     expected, measured = _peaks(tmp_path, recipe, planned, KINDS)
