@@ -76,7 +76,8 @@ class Step:
         if not self.batch:  # more processes than tasks
             return self._idle(joint=True)
         images = torch.cat([part["image"] for part in self.batch.values()])
-        sizes, features = [len(part["image"]) for part in self.batch.values()], self.model.shared_features(images)
+        sizes = [len(part["image"]) for part in self.batch.values()]
+        features = self.model.shared_features(images, self.model.backbone.merge(over=True))
         scores = self.model.scores(len(images))
         parts = zip(self.batch, features.split(sizes), [None] * len(sizes) if scores is None else scores.split(sizes))
         losses = torch.stack(

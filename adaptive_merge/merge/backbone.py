@@ -31,16 +31,16 @@ class _Merge(torch.autograd.Function):
     """The rule's state → the tuple of merged parameters, views of one buffer; one graph node for the whole model."""
 
     @staticmethod
-    def forward(ctx: Any, placement: Placement, rule: Rule, *state: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, placement: Placement, rule: Rule, out: Tensor | None, *state: Tensor) -> tuple[Tensor, ...]:
         ctx.placement, ctx.rule = placement, rule
         ctx.save_for_backward(*state)
         ctx.set_materialize_grads(False)
-        return placement.bank.layout.views(placement.combine(rule, state))
+        return placement.bank.layout.views(placement.combine(rule, state, out))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.placement.project(ctx.rule, gradients, ctx.saved_tensors)
+        return None, None, None, *ctx.placement.project(ctx.rule, gradients, ctx.saved_tensors)
 
 
 class MergedBackbone(nn.Module):
@@ -111,15 +111,21 @@ class MergedBackbone(nn.Module):
         """Where the merged parameters are."""
         return self.placement.device
 
-    def merge(self) -> dict[str, Tensor]:
-        """The merged parameters by name; differentiable in the rule's parameters where they learn, else kept."""
+    def merge(self, over: bool = False) -> dict[str, Tensor]:
+        """The merged parameters by name; differentiable in the rule's parameters where they learn, else kept.
+
+        Args:
+            over: on a CPU, in the buffer that the next such call or `merge_leaves` writes over, for a step whose graph
+                ends with it. A graph that is older refuses its backward then.
+        """
         rule = self.coefficients
         if not rule.learns:
             version = (rule.version, self.device)
             if self._kept is None or self._kept[0] != version:
                 self._kept = (version, self.merge_with(rule.state()))
             return self._kept[1]
-        views = _Merge.apply(self.placement, rule, *rule.state())
+        out = self._buffer() if over and self.device.type == "cpu" else None  # elsewhere a new one costs nothing
+        views = _Merge.apply(self.placement, rule, out, *rule.state())
         return dict(zip(self.task_vectors.names, views))
 
     @torch.no_grad()
@@ -130,11 +136,13 @@ class MergedBackbone(nn.Module):
     @torch.no_grad()
     def merge_leaves(self, state: State) -> dict[str, Tensor]:
         """The merged parameters as leaves that collect gradients, in a buffer that the next call writes over."""
-        layout = self.task_vectors.layout
+        flat = self.placement.combine(self.coefficients, state, self._buffer())
+        return {name: value.requires_grad_() for name, value in self.task_vectors.layout.unflatten(flat).items()}
+
+    def _buffer(self) -> Tensor:
         if self._scratch is None or self._scratch.device != self.device:
-            self._scratch = torch.empty(layout.numel, device=self.device)
-        flat = self.placement.combine(self.coefficients, state, self._scratch)
-        return {name: value.requires_grad_() for name, value in layout.unflatten(flat).items()}
+            self._scratch = torch.empty(self.task_vectors.layout.numel, device=self.device)
+        return self._scratch
 
     def inject(self, state: State, gradients: Sequence[Tensor | None]) -> Tensor:
         """A scalar whose gradient in the rule's parameters is that of the loss with the given ∂L/∂θ.

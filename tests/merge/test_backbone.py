@@ -70,6 +70,27 @@ def test_the_merge_is_one_graph_node_and_carries_no_bank(toy, bank):
     assert not list(merged.buffers())
 
 
+def test_a_step_merges_into_the_buffer_of_the_one_before_and_older_graphs_refuse(toy, bank):
+    merged = am.MergedBackbone(toy, bank, am.LayerWise())
+    x = torch.randn(2, 3, 4, 4)
+
+    def loss(weights):
+        return merged(x, weights).square().sum()
+
+    places, first = [], loss(merged.merge(over=True))
+    for over in (True, False):
+        merged.zero_grad()
+        weights = merged.merge(over)
+        places.append(weights["proj"].untyped_storage().data_ptr())
+        loss(weights).backward()
+        if over:
+            expected = merged.coefficients.values.grad.clone()
+    assert torch.equal(merged.coefficients.values.grad, expected)
+    assert places[0] != places[1] and merged.merge(over=True)["proj"].untyped_storage().data_ptr() == places[0]
+    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+        first.backward()
+
+
 def test_fixed_coefficients_merge_once(toy, bank):
     merged = am.MergedBackbone(toy, bank, am.Fixed(0.3))
     assert merged.merge() is merged.merge()
