@@ -115,8 +115,8 @@ class MergedBackbone(nn.Module):
         """The merged parameters by name; differentiable in the rule's parameters where they learn, else kept.
 
         Args:
-            over: on a CPU, in the buffer that the next such call or `merge_leaves` writes over, for a step whose graph
-                ends with it. A graph that is older refuses its backward then.
+            over: in the buffer that the next such call or `merge_leaves` writes over, for a step whose graph ends with
+                it: on a CPU a new one costs more than the merge. A graph that is older refuses its backward then.
         """
         rule = self.coefficients
         if not rule.learns:
@@ -124,8 +124,7 @@ class MergedBackbone(nn.Module):
             if self._kept is None or self._kept[0] != version:
                 self._kept = (version, self.merge_with(rule.state()))
             return self._kept[1]
-        out = self._buffer() if over and self.device.type == "cpu" else None  # elsewhere a new one costs nothing
-        views = _Merge.apply(self.placement, rule, out, *rule.state())
+        views = _Merge.apply(self.placement, rule, self._buffer() if over else None, *rule.state())
         return dict(zip(self.task_vectors.names, views))
 
     @torch.no_grad()

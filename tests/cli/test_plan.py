@@ -108,11 +108,11 @@ def test_no_number_of_an_expert_is_read_and_memory_follows_what_is_asked(stubs, 
     one = planned(*options, "--model.accumulate=per_task")
     assert (plan["step"]["graph"], one["step"]["graph"]) == ("joint", "per_task")
     assert one["memory"]["resident"]["device"]["activations"] < 0.5 * device["resident"]["activations"]
-    frozen = planned(*options, "--config", "clip/surgery_ta")  # two merges and an expert are there at a time
+    frozen = planned(*options, "--config", "clip/surgery_ta")
     scoring = [run["memory"]["resident"]["device"]["evaluation"] for run in (plan, one, frozen)]
     tower = 4 * plan["parameters"]
-    assert scoring[1] - scoring[0] == pytest.approx(tower, rel=0.1)  # the buffer of the last step is kept
-    assert scoring[2] - scoring[0] >= tower  # and adapters
+    # The buffer of the last step, a merge and an expert; or two merges, an expert and adapters.
+    assert scoring[0] == scoring[1] >= 3 * tower and scoring[2] >= 3 * tower
     assert planned(*options, "--suite.dtype=bfloat16")["memory"]["resident"]["device"]["bank"] == bank * 3 // 5
 
 
